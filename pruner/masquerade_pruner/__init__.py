@@ -1,0 +1,7 @@
+"""The pruner: from persona text to a learned mask with its report."""
+
+from masquerade_pruner.presets import PRESETS, SculptSettings, SculptSpec
+from masquerade_pruner.progress import Progress
+from masquerade_pruner.sculpt import SculptResult, sculpt
+
+__all__ = ["PRESETS", "Progress", "SculptResult", "SculptSettings", "SculptSpec", "sculpt"]

@@ -1,0 +1,61 @@
+"""What a sculpt will take, before it starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from masquerade_engine.base import Base
+from masquerade_pruner.instructions import load_instructions
+from masquerade_pruner.presets import SculptSpec, shortened
+
+# Measured with the bundled model (134 M parameters, bf16) on two cores of an AVX512-BF16 server CPU.
+_BUNDLED_PARAMETERS = 134.5e6
+_SECONDS_PER_ANSWER_TOKEN = 1 / 500
+_SECONDS_PER_BRANCH = 3.6 / 16
+_SECONDS_PER_QUESTION = 0.025
+_BYTES_PER_ROW_AND_NEURON = 14  # what a layer's FFN keeps for the backward pass, a token and neuron
+
+
+def estimate(spec: SculptSpec, base: Base) -> dict[str, Any]:
+    """Seconds by stage and peak bytes; seconds are for two cores and scale with the base's parameters."""
+    instructions = load_instructions(spec.instructions)
+    settings = shortened(spec.settings, len(instructions.train))
+    scale = _num_parameters(base) / _BUNDLED_PARAMETERS
+    held_out = settings.num_validation + settings.num_test + settings.num_test_scenes
+    samples = min(
+        settings.branches,
+        round(settings.keep_fraction * len(instructions.train)) * settings.samples_per_question,
+    )
+    questions = len(instructions.train) + settings.num_validation + settings.num_test
+    passes = held_out * 4 + settings.num_validation * settings.steps // settings.validate_every
+    seconds = {
+        "select": questions * _SECONDS_PER_QUESTION * scale,
+        "answer": (samples + held_out) * settings.answer_tokens * _SECONDS_PER_ANSWER_TOKEN * scale,
+        "learn": (settings.branches + settings.num_importance * 3) * _SECONDS_PER_BRANCH * scale,
+        "evaluate": (passes * _SECONDS_PER_BRANCH / 3 + settings.num_free_running * settings.answer_tokens / 500)
+        * scale,
+    }
+    shape = base.shape
+    tokens = 400 + settings.branches_per_step * (settings.answer_tokens + 60)
+    activations = tokens * shape.num_layers * shape.intermediate_size * _BYTES_PER_ROW_AND_NEURON
+    weights = 2 * _num_parameters(base) * base.dtype.itemsize  # the engine's copy and the learner's
+    return {
+        "seconds": {stage: round(value, 1) for stage, value in seconds.items()},
+        "total_seconds": round(sum(seconds.values()), 1),
+        "peak_bytes": int(activations + weights),
+        "steps": settings.steps,
+        "num_examples": samples,
+    }
+
+
+def _num_parameters(base: Base) -> float:
+    config, shape = base.config, base.shape
+    attention = 2 * shape.hidden_size * (shape.hidden_size + config.num_key_value_heads * _head_dim(base))
+    return float(
+        shape.num_layers * (3 * shape.hidden_size * shape.intermediate_size + attention)
+        + config.vocab_size * shape.hidden_size
+    )
+
+
+def _head_dim(base: Base) -> int:
+    return int(getattr(base.config, "head_dim", None) or base.shape.hidden_size // base.config.num_attention_heads)

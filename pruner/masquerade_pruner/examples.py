@@ -1,0 +1,51 @@
+"""Examples: what a persona was asked and what it answered, as text for people and tokens for learning."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from masquerade_pruner.instructions import Split
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question in one context, with the answer that a mask is learned from."""
+
+    id: str
+    question_id: str
+    topic: str
+    split: Split
+    question: str
+    answer_text: str
+    sensitivity: float | None
+    prompt: tuple[int, ...]  # tokens up to and including the assistant's opening
+    answer: tuple[int, ...]  # tokens; the end token is the last where the teacher ended, and absent where it was cut
+    ended: bool
+    scene: str | None = None  # a client's scene line, in the system turn after the persona
+    num_earlier_turns: int = 0
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    """Write JSONL, whole or not at all."""
+    scratch = path.with_suffix(".part")
+    with scratch.open("w", encoding="utf-8") as file:
+        for one in examples:
+            file.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read what `write_examples` wrote."""
+    with path.open(encoding="utf-8") as file:
+        return [_example(json.loads(line)) for line in file]
+
+
+def _example(row: dict[str, Any]) -> Example:
+    return Example(**(row | {"prompt": tuple(row["prompt"]), "answer": tuple(row["answer"])}))

@@ -1,0 +1,80 @@
+"""Held-out examples, with the dense base's side of every comparison computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from masquerade_pruner.examples import Example
+from masquerade_pruner.losses import token_kl, token_nll
+from masquerade_pruner.mask_learning import Planted, plant_examples
+from masquerade_pruner.tree import TreeContext, head_weight, run_tree
+
+BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Per example, in the order of the examples."""
+
+    kl: torch.Tensor  # [examples]: mean over its answer's tokens of KL(dense ‖ masked), nats
+    top1: torch.Tensor  # [examples]: share of its answer's tokens where both like the same token best
+
+
+class HeldOut:
+    """Examples that masks are compared on; the dense final states take `tokens x hidden` in the model's dtype."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        examples: Sequence[Example],
+        *,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._model = model
+        self._between = between  # runs after each batch: a place to look for a cancellation
+        # Batches of like length waste no attention on padding; results are put back in the examples' order.
+        self._order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt))
+        ordered = [examples[index] for index in self._order]
+        self._batches = [plant_examples(ordered[at : at + BATCH], model) for at in range(0, len(ordered), BATCH)]
+        self._dense = [self._states(planted, None) for planted in self._batches]
+
+    def divergence(self, mask: torch.Tensor) -> Divergence:
+        """How far `mask` `[layers, intermediate]` is from the dense base on its own answers."""
+        kls, top1s = [], []
+        for planted, dense in zip(self._batches, self._dense, strict=True):
+            kl, agree = token_kl(self._states(planted, mask), dense, self._head)
+            kls.append(mean_by_owner(kl, planted))
+            top1s.append(mean_by_owner(agree.float(), planted))
+        return Divergence(self._in_order(kls), self._in_order(top1s))
+
+    def dense_nll(self) -> torch.Tensor:
+        """The dense base's mean -log p a token of each answer, `[examples]`, nats."""
+        rows = [
+            mean_by_owner(token_nll(dense, self._head, planted.targets), planted)
+            for planted, dense in zip(self._batches, self._dense, strict=True)
+        ]
+        return self._in_order(rows)
+
+    @property
+    def _head(self) -> torch.Tensor:
+        return head_weight(self._model)
+
+    @torch.no_grad()
+    def _states(self, planted: Planted, mask: torch.Tensor | None) -> torch.Tensor:
+        states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
+        self._between()
+        return states
+
+    def _in_order(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        values = torch.cat(list(batches))
+        return torch.empty_like(values).index_copy_(0, torch.tensor(self._order), values)
+
+
+def mean_by_owner(values: torch.Tensor, planted: Planted) -> torch.Tensor:
+    """Mean of the supervised rows' values over each example's rows, `[examples]`."""
+    owners = planted.owners.cpu()
+    totals = torch.zeros(planted.num_examples).index_add_(0, owners, values.cpu())
+    return totals / torch.bincount(owners, minlength=planted.num_examples)

@@ -1,0 +1,98 @@
+"""Losses over a large vocabulary, computed in row chunks so that no [tokens, vocabulary] fp32 tensor is ever held."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+ROWS = 128  # rows of logits at a time: 128 x 49152 fp32 is 25 MB, which glibc recycles instead of mapping anew
+
+
+class _ChunkedKL(torch.autograd.Function):
+    """Mean over weighted rows of KL(teacher ‖ student); the gradient of the student's states is made in forward."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, head, weights):  # type: ignore[no-untyped-def]
+        grad = torch.empty_like(student)
+        total = torch.zeros((), dtype=torch.float32)
+        for start in range(0, student.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            target = F.linear(teacher[rows], head).float().log_softmax(-1)
+            predicted = F.linear(student[rows], head).float().log_softmax(-1)
+            probabilities = target.exp()
+            total += ((probabilities * (target - predicted)).sum(-1) * weights[rows]).sum().cpu()
+            difference = predicted.exp_().sub_(probabilities).mul_(weights[rows, None])
+            grad[rows] = difference.to(head.dtype) @ head
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype), None, None, None
+
+
+def chunked_kl(
+    student: torch.Tensor,  # [rows, hidden] final states, with gradient
+    teacher: torch.Tensor,  # [rows, hidden] final states of the dense base
+    head: torch.Tensor,  # [vocabulary, hidden]
+    weights: torch.Tensor,  # [rows] fp32, summing to 1
+) -> torch.Tensor:
+    """Weighted sum of per-token KL(teacher ‖ student) in nats, differentiable in `student`."""
+    loss: torch.Tensor = _ChunkedKL.apply(student, teacher, head, weights)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, head, targets, weights):  # type: ignore[no-untyped-def]
+        grad = torch.empty_like(student)
+        total = torch.zeros((), dtype=torch.float32)
+        for start in range(0, student.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            predicted = F.linear(student[rows], head).float().log_softmax(-1)
+            total -= (predicted.gather(1, targets[rows, None]).squeeze(1) * weights[rows]).sum().cpu()
+            difference = predicted.exp_()
+            difference.scatter_add_(1, targets[rows, None], torch.full_like(difference[:, :1], -1.0))
+            grad[rows] = difference.mul_(weights[rows, None]).to(head.dtype) @ head
+        ctx.save_for_backward(grad)
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        (grad,) = ctx.saved_tensors
+        return grad * upstream.to(grad.dtype), None, None, None
+
+
+def chunked_cross_entropy(
+    student: torch.Tensor,  # [rows, hidden] final states, with gradient
+    head: torch.Tensor,  # [vocabulary, hidden]
+    targets: torch.Tensor,  # [rows] token ids
+    weights: torch.Tensor,  # [rows] fp32, summing to 1
+) -> torch.Tensor:
+    """Weighted sum of -log p(target) in nats, differentiable in `student`."""
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(student, head, targets, weights)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def token_kl(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-row KL(teacher ‖ student) in nats, `[rows]` fp32, and whether the top-1 tokens agree, `[rows]` bool."""
+    divergences, agreements = [], []
+    for start in range(0, student.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        target = F.linear(teacher[rows], head).float().log_softmax(-1)
+        predicted = F.linear(student[rows], head).float().log_softmax(-1)
+        divergences.append((target.exp() * (target - predicted)).sum(-1))
+        agreements.append(target.argmax(-1) == predicted.argmax(-1))
+    return torch.cat(divergences), torch.cat(agreements)
+
+
+@torch.no_grad()
+def token_nll(states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Per-row -log p(target) in nats, `[rows]` fp32."""
+    losses = [
+        F.cross_entropy(F.linear(rows, head).float(), wanted, reduction="none")
+        for rows, wanted in ((states[at : at + ROWS], targets[at : at + ROWS]) for at in range(0, len(states), ROWS))
+    ]
+    return torch.cat(losses)

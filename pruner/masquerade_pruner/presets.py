@@ -1,0 +1,119 @@
+"""How much effort a sculpt takes, and every number it depends on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from masquerade_masks import SettingError
+from masquerade_pruner.mask_learning import Loss
+
+Preset = Literal["smoke", "default", "thorough"]
+
+MAX_SPARSITY = 0.9
+MAX_TEXT_BYTES = 16_384
+RECOVERIES = ("none",)
+TEACHERS = ("base",)
+
+
+@dataclass(frozen=True, slots=True)
+class SculptSettings:
+    """The numbers behind a preset; they travel in the mask's metadata."""
+
+    keep_fraction: float = 0.4  # of the training questions, by sensitivity (the paper's 40 %)
+    topic_cap: float = 0.1  # of those kept, at most this share from one topic
+    samples_per_question: int = 6  # each epoch sees another answer to the same question
+    answer_tokens: int = 64  # longer answers are cut, and their cut is not supervised as an end
+    context_share: float = 0.25  # of the branches, with a scene line or earlier turns
+    branches_per_step: int = 16
+    steps: int = 72
+    learning_rate: float = 0.016
+    loss: Loss = "kl"
+    num_importance: int = 64  # examples that the initial scores are taken from
+    num_validation: int = 48
+    num_test: int = 150
+    num_test_scenes: int = 32
+    num_free_running: int = 48
+    validate_every: int = 12
+
+    @property
+    def branches(self) -> int:
+        """Training branches over the whole run."""
+        return self.steps * self.branches_per_step
+
+
+PRESETS: dict[str, SculptSettings] = {
+    "smoke": SculptSettings(
+        samples_per_question=1,
+        answer_tokens=24,
+        steps=6,
+        num_importance=16,
+        num_validation=8,
+        num_test=16,
+        num_test_scenes=4,
+        num_free_running=4,
+        validate_every=3,
+    ),
+    "default": SculptSettings(),
+    "thorough": SculptSettings(samples_per_question=16, steps=240, num_importance=128, validate_every=24),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SculptSpec:
+    """What to sculpt. Raises `SettingError` naming the field that is out of range."""
+
+    persona_id: str
+    name: str
+    text: str
+    sparsity: float = 0.25  # of the FFN neurons of every layer, dropped
+    preset: str = "default"
+    seed: int = 0
+    recovery: str = "none"
+    teacher: str = "base"
+    instructions: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise SettingError("name", "name must not be empty")
+        if not self.text.strip():
+            raise SettingError("text", "text must not be empty: it is what the persona is learned from")
+        if len(self.text.encode()) > MAX_TEXT_BYTES:
+            raise SettingError("text", f"text is longer than the limit of {MAX_TEXT_BYTES} bytes")
+        if not (
+            isinstance(self.sparsity, float) and math.isfinite(self.sparsity) and 0 < self.sparsity <= MAX_SPARSITY
+        ):
+            raise SettingError("sparsity", f"sparsity must be above 0 and at most {MAX_SPARSITY}")
+        _one_of("preset", self.preset, tuple(PRESETS))
+        _one_of("recovery", self.recovery, RECOVERIES)
+        _one_of("teacher", self.teacher, TEACHERS)
+
+    @property
+    def settings(self) -> SculptSettings:
+        """The preset's numbers."""
+        return PRESETS[self.preset]
+
+    def metadata(self, instructions_digest: str, settings: SculptSettings) -> dict[str, Any]:
+        """The settings that a mask file records."""
+        return {
+            "sparsity": self.sparsity,
+            "preset": self.preset,
+            "seed": self.seed,
+            "teacher": self.teacher,
+            "instructions_sha256": instructions_digest,
+            **asdict(settings),
+        }
+
+
+def shortened(settings: SculptSettings, num_train: int) -> SculptSettings:
+    """Settings for a small instruction set: no more steps than its samples can feed three times over."""
+    selected = max(1, round(settings.keep_fraction * num_train))
+    most = max(1, 3 * selected * settings.samples_per_question // settings.branches_per_step)
+    return replace(settings, steps=min(settings.steps, most))
+
+
+def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SettingError(field, f"{field} {value!r} is not one of {', '.join(allowed)}")

@@ -1,0 +1,73 @@
+"""Progress: where a sculpt is, how long it will take, and the one place that looks for a cancellation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from masquerade_masks import SculptCancelled
+
+# Share of a default sculpt's time by stage, measured on two cores with the bundled model.
+STAGES = {"select": 0.03, "answer": 0.27, "learn": 0.58, "evaluate": 0.12}
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One piece of news."""
+
+    stage: str
+    completed: int
+    total: int
+    eta_s: float | None  # for the whole job
+    loss: float | None  # nats a token, while learning
+    message: str
+
+
+class Reporter:
+    """Turns "so many of so many" within a stage into progress with an eta over all stages."""
+
+    def __init__(
+        self,
+        on_progress: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+        add_seconds: Callable[[str, float], None],
+    ) -> None:
+        self._on_progress = on_progress
+        self._cancelled = cancelled
+        self._add_seconds = add_seconds
+        self._stage = ""
+        self._started = time.monotonic()
+        self._first_share: float | None = None  # of the job, already done when this process began
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Name the running stage, and count its seconds even where it is interrupted."""
+        self._stage = name
+        began = time.monotonic()
+        self.at(0, 1, message=f"{name}: starting")
+        try:
+            yield
+        finally:
+            self._add_seconds(name, time.monotonic() - began)
+
+    def at(self, completed: int, total: int, *, loss: float | None = None, message: str = "") -> None:
+        """Report, and raise `SculptCancelled` where the job was cancelled."""
+        self.check()
+        eta = self._eta(completed / max(1, total))
+        self._on_progress(Progress(self._stage, completed, total, eta, loss, message))
+
+    def check(self) -> None:
+        """Raise `SculptCancelled` where the job was cancelled."""
+        if self._cancelled():
+            raise SculptCancelled()
+
+    def _eta(self, done: float) -> float | None:
+        names = list(STAGES)
+        before = sum(STAGES[name] for name in names[: names.index(self._stage)])
+        share = before + STAGES[self._stage] * done
+        if self._first_share is None:
+            self._first_share = share
+        elapsed, gained = time.monotonic() - self._started, share - self._first_share
+        return round(elapsed * (1 - share) / gained, 1) if gained > 0.01 else None

@@ -1,0 +1,461 @@
+"""The sculptor: select -> answer -> learn -> evaluate, each stage checkpointed; publishing is the caller's.
+
+Recovery will stand between learn and evaluate; `recovery="none"` is all that there is so far.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from masquerade_engine.base import Base
+from masquerade_engine.engine import Engine
+from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
+from masquerade_engine.requests import PersonaFunction
+from masquerade_engine.settings import EngineSettings
+from masquerade_masks import Mask, SubNetwork, round_kept
+from masquerade_pruner import evaluation, synthesis
+from masquerade_pruner.examples import Example
+from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
+from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions
+from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
+from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
+from masquerade_pruner.progress import Progress, Reporter
+from masquerade_pruner.sensitivity import persona_units, reference_pass, select
+from masquerade_pruner.teacher import SelfTeacher
+from masquerade_pruner.workdir import Workdir
+
+ANSWER_STREAMS = 64  # answers written at once; the engine's tokens a second still grow from 32 to 64 streams
+SAVE_ANSWERS_EVERY = 64  # answers between two checkpoints of the answer stage
+SAVE_STEPS_EVERY = 10  # learning steps between two checkpoints
+
+Scored = tuple[Instruction, float]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SculptResult:
+    """All that publishing needs."""
+
+    subnetwork: SubNetwork
+    settings: dict[str, Any]
+    system_prompt: str
+    prompt_sha256: str
+    report: dict[str, Any]
+    examples_path: Path  # JSONL: the training examples with their sensitivity
+    seconds: dict[str, float]  # by stage
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    train: list[Scored]
+    validation: list[Scored]
+    test: list[Scored]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answered:
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    test_scenes: list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class _Learned:
+    mask: torch.Tensor  # [layers, intermediate]
+    baselines: dict[str, torch.Tensor]  # of the same size, from the same examples
+    validation_kl: dict[str, float]  # of each baseline
+    history: dict[str, Any]
+
+
+def sculpt(
+    spec: SculptSpec,
+    base: Base,
+    workdir: Path,
+    *,
+    cache_dir: Path,
+    progress: Callable[[Progress], None] = lambda progress: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> SculptResult:
+    """Learn the sub-network of `base` that the persona needs.
+
+    `workdir` holds the stages' checkpoints: the same spec in the same directory goes on where it was; `cache_dir` holds
+    what is computed once per base. Raises `SculptCancelled`, and `SettingError` for an unusable instruction set.
+    """
+    run = _Sculptor(spec, base, workdir, cache_dir, progress, cancelled)
+    with run.workshop():
+        selected = run.select()
+        answered = run.answer(selected)
+        learned = run.learn(answered)
+        report = run.evaluate(answered, learned)
+    return run.result(learned, report)
+
+
+class _Sculptor:
+    """One run: its spec, its checkpoints, and the base in the two forms that it needs."""
+
+    def __init__(
+        self,
+        spec: SculptSpec,
+        base: Base,
+        workdir: Path,
+        cache_dir: Path,
+        progress: Callable[[Progress], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self.spec = spec
+        self.base = base
+        self.cache_dir = cache_dir
+        self.instructions: InstructionSet = load_instructions(spec.instructions)
+        self.settings: SculptSettings = shortened(spec.settings, len(self.instructions.train))
+        self.kept = round_kept(base.shape.intermediate_size, spec.sparsity)
+        self.system_prompt = persona_system_prompt(spec.name, spec.text)
+        self.metadata = spec.metadata(self.instructions.digest, self.settings)
+        identity = {"base": base.fingerprint, "dtype": str(base.dtype), "system_prompt": self.system_prompt}
+        # Answers do not depend on the sparsity: another mask of the same persona learns from the same ones.
+        without_sparsity = {key: value for key, value in self.metadata.items() if key != "sparsity"}
+        self.answers = Workdir(workdir / "answers", {**identity, **without_sparsity})
+        self.learning = Workdir(workdir / "mask", {**identity, **self.metadata})
+        self.reporter = Reporter(progress, cancelled, self._add_seconds)
+        self._engine: Engine | None = None
+
+    def _add_seconds(self, stage: str, seconds: float) -> None:
+        directory = self.answers if stage in ("select", "answer") else self.learning
+        directory.add_seconds(stage, seconds)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage, over restarts."""
+        return self.answers.seconds() | self.learning.seconds()
+
+    @contextmanager
+    def workshop(self) -> Iterator[None]:
+        """Close the engine, where a stage opened it, whatever happens."""
+        try:
+            yield
+        finally:
+            if self._engine is not None:
+                self._engine.close()
+                self._engine = None
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """The base with plain linears, which gradients flow through."""
+        return self.base.build_model()
+
+    def teacher(self, subnetwork: SubNetwork | None = None) -> SelfTeacher:
+        """The base, or one of its sub-networks, behind the engine."""
+        if self._engine is None:
+            self._engine = Engine(self.base, EngineSettings(max_num_seqs=ANSWER_STREAMS, max_queue=1_000_000))
+        digest = f"base:{self.base.fingerprint}" if subnetwork is None else subnetwork.digest
+        return SelfTeacher(self._engine, PersonaFunction(digest, "sculpt", subnetwork))
+
+    # 1. select
+
+    def select(self) -> _Selected:
+        """The training questions that bring the persona out, and the held-out ones with their scores."""
+        settings, sets = self.settings, self.instructions
+        held_out = {
+            "validation": _spread(sets.validation, settings.num_validation),
+            "test": _spread(sets.test, settings.num_test),
+        }
+        scores = self.answers.read_json("sensitivity")
+        if scores is None:
+            with self.reporter.stage("select"):
+                scores = self._score([*sets.train, *held_out["validation"], *held_out["test"]])
+                self.answers.write_json("sensitivity", scores)
+        train = select(
+            [(one, scores[one.id]) for one in sets.train],
+            keep_fraction=settings.keep_fraction,
+            topic_cap=settings.topic_cap,
+        )
+        return _Selected(train, *([(one, scores[one.id]) for one in held_out[name]] for name in held_out))
+
+    def _score(self, questions: Sequence[Instruction]) -> dict[str, float]:
+        references = reference_pass(
+            self.base,
+            lambda: self.model,
+            self.instructions,
+            self.cache_dir,
+            on_progress=lambda done, total: self.reporter.at(done, total, message="reference personas, once per base"),
+        )
+        units = persona_units(
+            self.base,
+            self.model,
+            self.system_prompt,
+            questions,
+            on_progress=lambda done, total: self.reporter.at(done, total, message="scoring questions"),
+        )
+        return {one.id: references.sensitivity(one.id, unit) for one, unit in zip(questions, units, strict=True)}
+
+    # 2. answer
+
+    def answer(self, selected: _Selected) -> _Answered:
+        """Every question answered in the persona's voice by the teacher."""
+        settings, seed = self.settings, self.spec.seed
+        train = synthesis.plan_training(selected.train, self._samples(selected), settings.context_share, seed)
+        plans = {
+            "validation": synthesis.plan_held_out(selected.validation, seed),
+            "test": synthesis.plan_held_out(selected.test, seed),
+            "test_scenes": synthesis.plan_scenes(_spread(selected.test, settings.num_test_scenes), seed),
+        }
+        first, second = synthesis.needs_turns(train[: settings.branches])
+        total = len(first) + len(second) + sum(map(len, plans.values()))
+        with self.reporter.stage("answer"):
+            done = 0
+            plain = self._answered("train_plain", first, (), done, total)
+            done += len(first)
+            turned = self._answered("train_turns", second, plain, done, total)
+            done += len(second)
+            held_out: dict[str, list[Example]] = {}
+            for name, planned in plans.items():
+                held_out[name] = self._answered(name, planned, (), done, total)
+                done += len(planned)
+        examples = [*plain, *turned]
+        self.answers.write_examples("examples", examples)
+        return _Answered(examples, **held_out)
+
+    def _samples(self, selected: _Selected) -> int:
+        """Answers a question: no more than the steps can look at once."""
+        needed = -(-self.settings.branches // max(1, len(selected.train)))
+        return min(self.settings.samples_per_question, needed)
+
+    def _answered(
+        self,
+        name: str,
+        planned: Sequence[synthesis.Planned],
+        earlier: Sequence[Example],
+        done: int,
+        total: int,
+    ) -> list[Example]:
+        """Answers saved before, and the rest now; saved every so often, in the order of the plan at the end."""
+        examples = {one.id: one for one in self.answers.read_examples(name)}
+        missing = [one for one in planned if one.id not in examples]
+
+        def keep(example: Example) -> None:
+            examples[example.id] = example
+            if len(examples) % SAVE_ANSWERS_EVERY == 0:
+                self.answers.write_examples(name, list(examples.values()))
+            self.reporter.at(done + len(examples), total, message="answering in the persona's voice")
+
+        if missing:
+            synthesis.answer(
+                missing,
+                base=self.base,
+                system_prompt=self.system_prompt,
+                teacher=self.teacher(),
+                max_tokens=self.settings.answer_tokens,
+                earlier=earlier,
+                on_example=keep,
+            )
+            self.answers.write_examples(name, list(examples.values()))
+        return [examples[one.id] for one in planned if one.id in examples]
+
+    # 3. learn
+
+    def learn(self, answered: _Answered) -> _Learned:
+        """Scores from importance, then straight-through steps; the mask that is best on validation is kept."""
+        saved = self.learning.read_tensors("learned")
+        history = self.learning.read_json("history")
+        if saved is None or history is None:
+            with self.reporter.stage("learn"):
+                importances = self._importances(answered)
+                held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
+                best, history = self._learn_scores(answered, importances, held_out)
+                saved = {"best": best, **importances}
+                self.learning.write_tensors("learned", saved)
+                self.learning.write_json("history", history)
+        baselines = {name: top_k_mask(saved[name], self.kept) for name in ("wanda", "fisher")}
+        return _Learned(saved["best"], baselines, history["baseline_kl"], history)
+
+    def _importances(self, answered: _Answered) -> dict[str, torch.Tensor]:
+        saved = self.learning.read_tensors("importance")
+        if saved is None:
+            few = answered.train[: self.settings.num_importance]
+            self.reporter.at(0, self.settings.steps, message="importance of neurons")
+            saved = {
+                "wanda": activation_importance(self.model, few),
+                "fisher": fisher_importance(self.model, few, between=self.reporter.check),
+            }
+            self.learning.write_tensors("importance", saved)
+        return saved
+
+    def _learn_scores(
+        self, answered: _Answered, importances: dict[str, torch.Tensor], held_out: HeldOut
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        settings = self.settings
+        learner = MaskLearner(
+            self.model,
+            averaged_ranks(importances["wanda"], importances["fisher"]),
+            self.kept,
+            steps=settings.steps,
+            learning_rate=settings.learning_rate,
+            loss=settings.loss,
+        )
+        history = self.learning.read_json("learning")
+        state = self.learning.read_tensors("learning")
+        if history is not None and state is not None and int(state["step"]) == history["step"]:
+            best = state.pop("best")
+            learner.restore(state)
+        else:
+            baseline_kl = {
+                name: _mean(held_out.divergence(top_k_mask(importance, self.kept)).kl)
+                for name, importance in importances.items()
+            }
+            best = learner.mask()
+            start = _mean(held_out.divergence(best).kl)
+            history = {
+                "step": 0,
+                "baseline_kl": baseline_kl,
+                "validation_kl": [[0, start]],
+                "loss": [],
+                "best_step": 0,
+            }
+        order = _Epochs(answered.train, settings.branches_per_step, self.spec.seed)
+        while learner.step_number < settings.steps:
+            loss = learner.step(order.batch(learner.step_number))
+            number = learner.step_number
+            history["loss"].append(round(loss, 5))
+            if number % settings.validate_every == 0 or number == settings.steps:
+                mask = learner.mask()
+                kl = _mean(held_out.divergence(mask).kl)
+                if kl < min(value for _, value in history["validation_kl"]):
+                    best, history["best_step"] = mask, number
+                history["validation_kl"].append([number, kl])
+            if number % SAVE_STEPS_EVERY == 0:
+                history["step"] = number
+                self.learning.write_tensors("learning", {**learner.state(), "best": best})
+                self.learning.write_json("learning", history)
+            self.reporter.at(number, settings.steps, loss=loss, message="learning the mask")
+        history["step"] = learner.step_number
+        return best, history
+
+    # 4. evaluate
+
+    def evaluate(self, answered: _Answered, learned: _Learned) -> dict[str, Any]:
+        """The fidelity report, on the test split."""
+        report = self.learning.read_json("report")
+        if report is None:
+            with self.reporter.stage("evaluate"):
+                report = self._report(answered, learned)
+                self.learning.write_json("report", report)
+        return {**report, "seconds": self.seconds()}
+
+    def _report(self, answered: _Answered, learned: _Learned) -> dict[str, Any]:
+        check = self.reporter.check
+        strongest = evaluation.strongest_baseline(learned.validation_kl)
+        contexts: dict[str, Any] = {}
+        one_turn = HeldOut(self.model, answered.test, between=check)
+        self.reporter.at(1, 5, message="fidelity on test questions")
+        contexts["one_turn"] = evaluation.fidelity(one_turn, answered.test, learned.mask, learned.baselines, strongest)
+        self.reporter.at(2, 5, message="fidelity under scene lines")
+        if answered.test_scenes:
+            scenes = HeldOut(self.model, answered.test_scenes, between=check)
+            contexts["with_scene"] = evaluation.fidelity(
+                scenes, answered.test_scenes, learned.mask, learned.baselines, strongest
+            )
+        self.reporter.at(3, 5, message="free-running answers")
+        free = self._free_running(answered, learned, one_turn.dense_nll())
+        self.reporter.at(5, 5, message="done")
+        return {
+            "format": evaluation.REPORT_FORMAT,
+            "persona": self.spec.persona_id,
+            "sparsity": self.spec.sparsity,
+            "kept": self.kept,
+            "intermediate_size": self.base.shape.intermediate_size,
+            "baselines": list(learned.baselines),
+            "strongest_baseline": strongest,
+            **contexts,
+            "free_running": evaluation.free_running(free),
+            "learning": {**learned.history, "num_examples": len(answered.train)},
+        }
+
+    def _free_running(self, answered: _Answered, learned: _Learned, dense_nll: torch.Tensor) -> evaluation.FreeRunning:
+        places = _spread(range(len(answered.test)), self.settings.num_free_running)
+        chosen = [answered.test[place] for place in places]
+        planned = [
+            synthesis.Planned(one.id, _instruction(one), one.sensitivity or 0.0, None, 0, seed=index)
+            for index, one in enumerate(chosen)
+        ]
+        given = synthesis.answer(
+            planned,
+            base=self.base,
+            system_prompt=self.system_prompt,
+            teacher=self.teacher(self.subnetwork(learned)),
+            max_tokens=self.settings.answer_tokens,
+            on_example=lambda _example: self.reporter.check(),
+        )
+        by_id = {one.id: one for one in given}
+        pairs = [
+            (one, by_id[one.id], nll) for one, nll in zip(chosen, dense_nll[places], strict=True) if one.id in by_id
+        ]
+        sculpted = [other for _, other, _ in pairs]
+        return evaluation.FreeRunning(
+            dense=[one for one, _, _ in pairs],
+            sculpted=sculpted,
+            dense_nll=torch.stack([nll for _, _, nll in pairs]),
+            sculpted_nll=HeldOut(self.model, sculpted, between=self.reporter.check).dense_nll(),
+        )
+
+    def subnetwork(self, learned: _Learned) -> SubNetwork:
+        """The learned mask as what is stored and served."""
+        mask = Mask.from_dense(learned.mask.bool().numpy())
+        return SubNetwork(self.base.fingerprint, self.base.shape, mask)
+
+    def result(self, learned: _Learned, report: dict[str, Any]) -> SculptResult:
+        """What publishing needs."""
+        return SculptResult(
+            subnetwork=self.subnetwork(learned),
+            settings=self.metadata,
+            system_prompt=self.system_prompt,
+            prompt_sha256=prompt_sha256(self.system_prompt),
+            report=report,
+            examples_path=self.answers.examples_path("examples"),
+            seconds=self.seconds(),
+        )
+
+
+class _Epochs:
+    """Batches over shuffled epochs: every example is seen once before any is seen twice."""
+
+    def __init__(self, examples: Sequence[Example], batch: int, seed: int) -> None:
+        self._examples = examples
+        self._batch = batch
+        self._seed = seed
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of step number `step`, the same after a restart."""
+        first = step * self._batch
+        return [self._at(number) for number in range(first, first + self._batch)]
+
+    def _at(self, number: int) -> Example:
+        epoch, place = divmod(number, len(self._examples))
+        return self._examples[self._order(epoch)[place]]
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self._examples)))
+        random.Random(f"epoch {epoch} {self._seed}").shuffle(order)
+        return order
+
+
+def _spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of them, evenly over a list that is in topic order."""
+    if count >= len(items):
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
+def _instruction(example: Example) -> Instruction:
+    return Instruction(example.question_id, example.topic, example.question, "", example.split)
+
+
+def _mean(values: torch.Tensor) -> float:
+    return round(float(values.mean()), 5)

@@ -1,0 +1,238 @@
+"""One prompt, many branches: a step's examples packed so that the persona prompt is computed once.
+
+All branches share a token prefix (the persona's system turn). A pass runs the prefix and every branch's own tokens as
+one ragged row `[1, num_tokens]`; attention lets a branch see the prefix and itself. Nothing is padded but attention's
+own view of the branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from masquerade_engine.context import forward_context
+from masquerade_engine.seams import PersonaFFN
+
+
+@dataclass(frozen=True, slots=True)
+class BranchGroup:
+    """Branches of like length, which attention sees as one padded batch."""
+
+    padded: torch.Tensor  # [branches, longest]: where in the row each branch token is; padding points at token 0
+    unpadded: torch.Tensor  # [tokens of the group]: the inverse, into the flattened padded view
+    bias: torch.Tensor  # [branches, 1, longest, num_prefix + longest]: 0 where a token sees another, else -inf
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """The layout of one packed pass; index tensors on the model's device."""
+
+    token_ids: torch.Tensor  # [1, num_tokens]: the prefix, then each branch's own tokens, short branches first
+    positions: torch.Tensor  # [1, num_tokens]
+    num_prefix: int
+    groups: tuple[BranchGroup, ...]  # in the row's order
+    last: torch.Tensor  # [branches]: each branch's last token in the row, in the order the branches were given
+
+
+# A group's longest branch is at most this many times its shortest, plus a few: padding then costs attention little.
+_GROUP_SPREAD, _GROUP_SLACK = 1.5, 16
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all sequences share."""
+    first, last = min(map(tuple, sequences)), max(map(tuple, sequences))
+    for index, (one, other) in enumerate(zip(first, last, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(last))
+
+
+def plant(sequences: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype) -> Tree:
+    """Pack whole token sequences around their common prefix; every branch keeps at least one token of its own."""
+    num_prefix = min(common_prefix(sequences), min(map(len, sequences)) - 1)
+    order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
+    flat = [*sequences[0][:num_prefix]]
+    positions = [*range(num_prefix)]
+    last = [0] * len(sequences)
+    groups = []
+    for members in _like_length(order, [len(one) - num_prefix for one in sequences]):
+        start = len(flat)
+        for index in members:
+            flat.extend(sequences[index][num_prefix:])
+            positions.extend(range(num_prefix, len(sequences[index])))
+            last[index] = len(flat) - 1
+        lengths = torch.tensor([len(sequences[index]) - num_prefix for index in members])
+        groups.append(_group(lengths, start, num_prefix, device, dtype))
+    return Tree(
+        token_ids=torch.tensor([flat], device=device),
+        positions=torch.tensor([positions], device=device),
+        num_prefix=num_prefix,
+        groups=tuple(groups),
+        last=torch.tensor(last, device=device),
+    )
+
+
+def _like_length(order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and lengths[index] <= _GROUP_SPREAD * lengths[groups[-1][0]] + _GROUP_SLACK:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _group(lengths: torch.Tensor, start: int, num_prefix: int, device: torch.device, dtype: torch.dtype) -> BranchGroup:
+    longest = int(lengths.max())
+    column = torch.arange(longest)
+    real = column[None, :] < lengths[:, None]  # [branches, longest]
+    starts = start + torch.cumsum(lengths, 0) - lengths
+    own = (column[None, :] <= column[:, None])[None] & real[:, None, :]
+    # A padding row sees the prefix, or itself where there is none, so that its softmax stays finite.
+    own = own | (torch.eye(longest, dtype=torch.bool)[None] & ~real[:, :, None])
+    sees = torch.cat([torch.ones(len(lengths), longest, num_prefix, dtype=torch.bool), own], dim=2)
+    bias = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, float("-inf"))
+    return BranchGroup(
+        padded=torch.where(real, starts[:, None] + column[None, :], 0).to(device),
+        unpadded=real.flatten().nonzero().squeeze(1).to(device),
+        bias=bias[:, None].to(device),
+    )
+
+
+class TreeContext:
+    """The forward context of a packed pass: tree attention, and a differentiable mask in every FFN."""
+
+    def __init__(
+        self,
+        tree: Tree,
+        mask: torch.Tensor | None = None,  # [layers, intermediate], any float; None: the dense base
+        *,
+        watch: ActivationWatch | None = None,
+    ) -> None:
+        self._tree = tree
+        self._mask = mask
+        self._watch = watch
+        self._folded_bias: dict[int, torch.Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,  # [1, heads, num_tokens, head_dim]
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        tree = self._tree
+        if sliding_window is not None and int(tree.positions.max()) >= sliding_window:
+            raise NotImplementedError("sculpting runs within the sliding window; shorten the persona or its turns")
+        prefix = F.scaled_dot_product_attention(
+            query[:, :, : tree.num_prefix],
+            key[:, :, : tree.num_prefix],
+            value[:, :, : tree.num_prefix],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        branches = [
+            self._attend_group(number, query[0], key[0], value[0], scaling) for number in range(len(tree.groups))
+        ]
+        return torch.cat([prefix[0].transpose(0, 1), *branches])[None]  # [1, num_tokens, heads, head_dim]
+
+    def _attend_group(
+        self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """`[heads, num_tokens, head_dim]` each to `[tokens of the group, heads, head_dim]`."""
+        group = self._tree.groups[number]
+        num_branches, longest = group.padded.shape
+        heads, _, head_dim = query.shape
+        kv_heads = key.shape[0]
+        share = heads // kv_heads
+        # A group's query heads are folded into the query length, so keys are not repeated per head.
+        folded = _pad(query, group).reshape(kv_heads, share, num_branches, longest, head_dim)
+        folded = folded.permute(2, 0, 1, 3, 4).reshape(num_branches, kv_heads, share * longest, head_dim)
+        attended = F.scaled_dot_product_attention(
+            folded,
+            self._seen(key, group),
+            self._seen(value, group),
+            attn_mask=self._bias(number, share),
+            scale=scaling,
+        )
+        unfolded = attended.view(num_branches, kv_heads, share, longest, head_dim).permute(0, 3, 1, 2, 4)
+        return unfolded.reshape(num_branches * longest, heads, head_dim).index_select(0, group.unpadded)
+
+    def _seen(self, states: torch.Tensor, group: BranchGroup) -> torch.Tensor:
+        """Prefix and own tokens of every branch, `[branches, kv_heads, num_prefix + longest, head_dim]`."""
+        num_branches, longest = group.padded.shape
+        kv_heads, _, head_dim = states.shape
+        own = _pad(states, group).view(kv_heads, num_branches, longest, head_dim).transpose(0, 1)
+        prefix = states[None, :, : self._tree.num_prefix].expand(num_branches, -1, -1, -1)
+        return torch.cat([prefix, own], dim=2)
+
+    def _bias(self, number: int, share: int) -> torch.Tensor:
+        """The group's bias, once for each of the `share` query heads folded into the query length."""
+        if number not in self._folded_bias:
+            self._folded_bias[number] = self._tree.groups[number].bias.repeat(1, 1, share, 1)
+        return self._folded_bias[number]
+
+    def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
+        activations = module.activations(hidden)
+        if self._watch is not None:
+            self._watch.see(module.layer, activations)
+        if self._mask is not None:
+            masked: torch.Tensor = _Masked.apply(activations, self._mask[module.layer])  # type: ignore[no-untyped-call]
+            activations = masked
+        output: torch.Tensor = module.get_submodule("down_proj")(activations)
+        return output
+
+
+def _pad(states: torch.Tensor, group: BranchGroup) -> torch.Tensor:
+    return states.index_select(1, group.padded.flatten())  # [heads, branches * longest, head_dim]
+
+
+class ActivationWatch:
+    """Sums of squared FFN activations over all tokens seen, `[layers, intermediate]` fp32."""
+
+    def __init__(self, num_layers: int, intermediate_size: int) -> None:
+        self.squares = torch.zeros(num_layers, intermediate_size)
+        self.num_tokens = 0
+
+    def see(self, layer: int, activations: torch.Tensor) -> None:
+        self.squares[layer] += activations.detach().float().square().sum(dim=(0, 1)).cpu()
+        self.num_tokens += activations.shape[1] if layer == 0 else 0
+
+
+class _Masked(torch.autograd.Function):
+    """`activations * mask`, with the mask's gradient summed over tokens in fp32."""
+
+    @staticmethod
+    def forward(ctx, activations, mask):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(activations, mask)
+        return activations * mask.to(activations.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        activations, mask = ctx.saved_tensors
+        grad_mask = (grad * activations).sum(dim=(0, 1), dtype=torch.float32)
+        return grad * mask.to(grad.dtype), grad_mask
+
+
+def head_weight(model: torch.nn.Module) -> torch.Tensor:
+    """The output head, `[vocabulary, hidden]`; its device and dtype are the model's."""
+    weight: torch.Tensor = model.get_parameter("lm_head.weight")
+    return weight
+
+
+def run_tree(model: torch.nn.Module, tree: Tree, context: TreeContext) -> torch.Tensor:
+    """The final normed hidden states of every token, `[num_tokens, hidden]`."""
+    decoder: Any = model.get_submodule("model")
+    with forward_context(context):
+        states: torch.Tensor = decoder(
+            input_ids=tree.token_ids, position_ids=tree.positions, use_cache=False
+        ).last_hidden_state
+    return states[0]

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from masquerade_engine.reference import reference_logits
+from masquerade_pruner.examples import Example
+from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
+from masquerade_pruner.losses import chunked_cross_entropy, chunked_kl, token_kl
+from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
+
+MakeExamples = Callable[..., list[Example]]
+
+
+@pytest.mark.parametrize("rows", [1, 127, 300])
+def test_chunked_kl_and_its_gradient_match_autograd_in_float64(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    student, teacher = (torch.randn(rows, 16, generator=generator) for _ in range(2))
+    head = torch.randn(40, 16, generator=generator)
+    weights = torch.rand(rows, generator=generator)
+    weights /= weights.sum()
+    ours = student.clone().requires_grad_()
+    loss = chunked_kl(ours, teacher, head, weights)
+    loss.backward()
+    exact = student.double().requires_grad_()
+    target = (teacher.double() @ head.double().T).log_softmax(-1)
+    predicted = (exact @ head.double().T).log_softmax(-1)
+    wanted = ((target.exp() * (target - predicted)).sum(-1) * weights.double()).sum()
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad, exact.grad.float(), atol=1e-5, rtol=1e-3)
+
+
+def test_chunked_cross_entropy_and_its_gradient_match_autograd_in_float64() -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, head = torch.randn(150, 16, generator=generator), torch.randn(40, 16, generator=generator)
+    targets = torch.randint(40, (150,), generator=generator)
+    weights = torch.full((150,), 1 / 150)
+    ours = student.clone().requires_grad_()
+    loss = chunked_cross_entropy(ours, head, targets, weights)
+    loss.backward()
+    exact = student.double().requires_grad_()
+    wanted = torch.nn.functional.cross_entropy(exact @ head.double().T, targets)
+    wanted.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    torch.testing.assert_close(ours.grad, exact.grad.float(), atol=1e-5, rtol=1e-3)
+
+
+def test_top_k_keeps_exactly_k_a_layer() -> None:
+    scores = torch.tensor([[0.1, 0.9, 0.5], [3.0, 1.0, 2.0]])
+    assert top_k_mask(scores, 2).tolist() == [[0, 1, 1], [1, 0, 1]]
+    assert top_k_mask(torch.zeros(4, 10), 3).sum(dim=1).tolist() == [3, 3, 3, 3]
+
+
+def test_the_scores_receive_the_masks_gradient(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
+    """Straight-through: dL/dz is dL/dmask, checked by finite differences of a neuron's coefficient."""
+    examples = make_examples(3)
+    shape = (3, 96)
+    start = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    learner = MaskLearner(tiny_model, start, 64, steps=10, learning_rate=1e-9, loss="cross_entropy")
+    mask = learner.mask()
+    learner.step(examples)
+    gradient = learner.scores.grad
+    assert gradient is not None
+    assert gradient.ne(0).all(dim=1).all()  # dropped neurons learn as well
+    for layer, neuron in ((0, 5), (2, 80)):
+        nudged = [mask.clone() for _ in range(2)]
+        nudged[0][layer, neuron] -= 0.01
+        nudged[1][layer, neuron] += 0.01
+        low, high = (_cross_entropy(tiny_model, examples, one) for one in nudged)
+        assert float(gradient[layer, neuron]) == pytest.approx((high - low) / 0.02, rel=0.03, abs=1e-4)
+
+
+def _cross_entropy(model: torch.nn.Module, examples: list[Example], mask: torch.Tensor) -> float:
+    losses = []
+    for one in examples:
+        logits = reference_logits(model, torch.tensor([[*one.prompt, *one.answer]]), mask)[0]
+        answer = torch.tensor(one.answer)
+        losses.append(torch.nn.functional.cross_entropy(logits[len(one.prompt) - 1 : -1].double(), answer))
+    return float(torch.stack(losses).mean())
+
+
+def test_learning_lowers_the_divergence(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
+    examples = make_examples(8)
+    start = torch.rand(3, 96, generator=torch.Generator().manual_seed(0))
+    learner = MaskLearner(tiny_model, start, 48, steps=40, learning_rate=0.05)
+    held_out = HeldOut(tiny_model, examples)
+    before = held_out.divergence(learner.mask()).kl.mean()
+    for _ in range(40):
+        learner.step(examples)
+    assert held_out.divergence(learner.mask()).kl.mean() < 0.8 * before
+
+
+def test_a_restored_learner_goes_on_bit_for_bit(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
+    examples = make_examples(4)
+    start = torch.rand(3, 96, generator=torch.Generator().manual_seed(0))
+
+    def fresh() -> MaskLearner:
+        return MaskLearner(tiny_model, start, 48, steps=12, learning_rate=0.02)
+
+    whole = fresh()
+    for _ in range(12):
+        whole.step(examples)
+    first = fresh()
+    for _ in range(5):
+        first.step(examples)
+    second = fresh()
+    second.restore({key: value.clone() for key, value in first.state().items()})
+    for _ in range(7):
+        second.step(examples)
+    torch.testing.assert_close(second.scores, whole.scores, atol=0, rtol=0)
+
+
+def test_held_out_divergence_matches_the_reference_in_the_examples_order(
+    tiny_model: torch.nn.Module, make_examples: MakeExamples
+) -> None:
+    examples = make_examples(21)
+    mask = (torch.rand(3, 96, generator=torch.Generator().manual_seed(2)) < 0.5).float()
+    found = HeldOut(tiny_model, examples).divergence(mask)
+    for index, one in enumerate(examples):
+        tokens = torch.tensor([[*one.prompt, *one.answer]])
+        rows = slice(len(one.prompt) - 1, -1)
+        dense = reference_logits(tiny_model, tokens)[0, rows].double().log_softmax(-1)
+        masked = reference_logits(tiny_model, tokens, mask)[0, rows].double().log_softmax(-1)
+        assert float(found.kl[index]) == pytest.approx(float((dense.exp() * (dense - masked)).sum(-1).mean()), abs=1e-4)
+        agreement = (dense.argmax(-1) == masked.argmax(-1)).double().mean()
+        assert float(found.top1[index]) == pytest.approx(float(agreement), abs=1e-6)
+
+
+def test_a_full_mask_diverges_from_nothing(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
+    divergence = HeldOut(tiny_model, make_examples(5)).divergence(torch.ones(3, 96))
+    assert float(divergence.kl.abs().max()) < 1e-5
+    assert divergence.top1.tolist() == [1.0] * 5
+
+
+def test_token_kl_of_equal_states_is_nothing() -> None:
+    states = torch.randn(5, 8)
+    kl, agree = token_kl(states, states, torch.randn(30, 8))
+    assert float(kl.abs().max()) < 1e-6
+    assert bool(agree.all())
+
+
+def test_importance_is_positive_and_ranks_are_in_the_unit_interval(
+    tiny_model: torch.nn.Module, make_examples: MakeExamples
+) -> None:
+    examples = make_examples(6)
+    wanda = activation_importance(tiny_model, examples, batch=4)
+    fisher = fisher_importance(tiny_model, examples, batch=2)
+    assert wanda.shape == fisher.shape == (3, 96)
+    assert bool((wanda > 0).all())
+    assert bool((fisher > 0).all())
+    ranks = averaged_ranks(wanda, fisher)
+    assert 0 <= float(ranks.min()) <= float(ranks.max()) <= 1
+
+
+def test_activation_importance_matches_its_definition(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
+    """One example is one plain sequence, so a hook on the down projection sees the same activations."""
+    (example,) = make_examples(1)
+    seen: list[torch.Tensor] = []
+    down = tiny_model.get_submodule("model.layers.1.mlp.down_proj")
+    hook = down.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
+    reference_logits(tiny_model, torch.tensor([[*example.prompt, *example.answer]]))
+    hook.remove()
+    wanted = seen[0][0].square().mean(dim=0).sqrt() * down.get_parameter("weight").norm(dim=0)
+    torch.testing.assert_close(activation_importance(tiny_model, [example])[1], wanted, atol=1e-5, rtol=1e-4)
