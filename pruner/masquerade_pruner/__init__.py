@@ -1,7 +1,8 @@
 """The pruner: from persona text to a learned mask with its report."""
 
+from masquerade_pruner.estimate import estimate
 from masquerade_pruner.presets import PRESETS, SculptSettings, SculptSpec
 from masquerade_pruner.progress import Progress
 from masquerade_pruner.sculpt import SculptResult, sculpt
 
-__all__ = ["PRESETS", "Progress", "SculptResult", "SculptSettings", "SculptSpec", "sculpt"]
+__all__ = ["PRESETS", "Progress", "SculptResult", "SculptSettings", "SculptSpec", "estimate", "sculpt"]

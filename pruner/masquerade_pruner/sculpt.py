@@ -83,15 +83,17 @@ def sculpt(
     workdir: Path,
     *,
     cache_dir: Path,
+    answers_dir: Path | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SculptResult:
     """Learn the sub-network of `base` that the persona needs.
 
-    `workdir` holds the stages' checkpoints: the same spec in the same directory goes on where it was; `cache_dir` holds
-    what is computed once per base. Raises `SculptCancelled`, and `SettingError` for an unusable instruction set.
+    `workdir` holds the stages' checkpoints: the same spec in the same directory goes on where it was. `cache_dir` holds
+    what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`.
+    Raises `SculptCancelled`, and `SettingError` for an unusable instruction set.
     """
-    run = _Sculptor(spec, base, workdir, cache_dir, progress, cancelled)
+    run = _Sculptor(spec, base, (answers_dir or workdir / "answers", workdir / "mask"), cache_dir, progress, cancelled)
     with run.workshop():
         selected = run.select()
         answered = run.answer(selected)
@@ -107,7 +109,7 @@ class _Sculptor:
         self,
         spec: SculptSpec,
         base: Base,
-        workdir: Path,
+        directories: tuple[Path, Path],  # answers, mask
         cache_dir: Path,
         progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
@@ -123,8 +125,8 @@ class _Sculptor:
         identity = {"base": base.fingerprint, "dtype": str(base.dtype), "system_prompt": self.system_prompt}
         # Answers do not depend on the sparsity: another mask of the same persona learns from the same ones.
         without_sparsity = {key: value for key, value in self.metadata.items() if key != "sparsity"}
-        self.answers = Workdir(workdir / "answers", {**identity, **without_sparsity})
-        self.learning = Workdir(workdir / "mask", {**identity, **self.metadata})
+        self.answers = Workdir(directories[0], {**identity, **without_sparsity})
+        self.learning = Workdir(directories[1], {**identity, **self.metadata})
         self.reporter = Reporter(progress, cancelled, self._add_seconds)
         self._engine: Engine | None = None
 

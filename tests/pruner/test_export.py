@@ -64,3 +64,16 @@ def test_a_directory_with_something_in_it_is_left_alone(tiny_base: Base, tmp_pat
     with pytest.raises(SettingError, match="not empty"):
         export_checkpoint(tiny_base, _subnetwork(tiny_base), tmp_path)
     assert (tmp_path / "precious.txt").read_text() == "keep me"
+
+
+@pytest.mark.real_model
+def test_exported_bundled_model_equals_masked_dense(bundled_base: Base, tmp_path: Path) -> None:
+    base = bundled_base
+    subnetwork = _subnetwork(base)
+    out = export_checkpoint(base, subnetwork, tmp_path / "exported")
+    tokens = torch.randint(40_000, (1, 48), generator=torch.Generator().manual_seed(0))
+    stock = AutoModelForCausalLM.from_pretrained(out)
+    with torch.no_grad():
+        exported = stock(input_ids=tokens).logits
+    masked = reference_logits(base.build_model(torch.float32), tokens, torch.from_numpy(subnetwork.coefficients()))
+    assert float((exported - masked).abs().max()) <= 1e-3
