@@ -28,8 +28,8 @@ class SculptSettings:
     answer_tokens: int = 64  # longer answers are cut, and their cut is not supervised as an end
     context_share: float = 0.25  # of the branches, with a scene line or earlier turns
     branches_per_step: int = 16
-    steps: int = 72
-    learning_rate: float = 0.016
+    steps: int = 48
+    learning_rate: float = 0.02
     loss: Loss = "kl"
     num_importance: int = 64  # examples that the initial scores are taken from
     num_validation: int = 48

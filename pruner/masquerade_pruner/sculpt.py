@@ -144,9 +144,13 @@ class _Sculptor:
         try:
             yield
         finally:
-            if self._engine is not None:
-                self._engine.close()
-                self._engine = None
+            self.release_engine()
+
+    def release_engine(self) -> None:
+        """Give the engine's weights and KV cache back; the next teacher opens another."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -268,6 +272,7 @@ class _Sculptor:
         saved = self.learning.read_tensors("learned")
         history = self.learning.read_json("history")
         if saved is None or history is None:
+            self.release_engine()
             with self.reporter.stage("learn"):
                 importances = self._importances(answered)
                 held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)

@@ -1,0 +1,57 @@
+"""The persona FFN: its float64 oracle, packed execution, and the planner that chooses packs.
+
+Names are imported on first use, so that the planner is reached without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from masquerade_kernels.coefficients import CoefficientTable
+    from masquerade_kernels.linear import PackedLinear
+    from masquerade_kernels.packs import FFNLayer, FFNWeights, LayerPack, Pack, compact_pack, dense_pack
+    from masquerade_kernels.persona_ffn import FFNSegment, run_persona_ffn
+    from masquerade_kernels.planner import Run, Segment, plan_step
+    from masquerade_kernels.reference import persona_ffn_reference
+
+__all__ = [
+    "CoefficientTable",
+    "FFNLayer",
+    "FFNSegment",
+    "FFNWeights",
+    "LayerPack",
+    "Pack",
+    "PackedLinear",
+    "Run",
+    "Segment",
+    "compact_pack",
+    "dense_pack",
+    "persona_ffn_reference",
+    "plan_step",
+    "run_persona_ffn",
+]
+
+_MODULES = {
+    "CoefficientTable": "coefficients",
+    "FFNLayer": "packs",
+    "FFNSegment": "persona_ffn",
+    "FFNWeights": "packs",
+    "LayerPack": "packs",
+    "Pack": "packs",
+    "PackedLinear": "linear",
+    "Run": "planner",
+    "Segment": "planner",
+    "compact_pack": "packs",
+    "dense_pack": "packs",
+    "persona_ffn_reference": "reference",
+    "plan_step": "planner",
+    "run_persona_ffn": "persona_ffn",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,23 @@
+"""The oracle of every persona FFN: eager, float64, one coefficient row per token."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+
+def persona_ffn_reference(
+    hidden: torch.Tensor,  # [num_tokens, hidden]
+    gate: torch.Tensor,  # [intermediate, hidden]
+    up: torch.Tensor,  # [intermediate, hidden]
+    down: torch.Tensor,  # [hidden, intermediate]
+    coefficients: torch.Tensor | None = None,  # [num_tokens or 1, intermediate]; None: the base
+    bias: torch.Tensor | None = None,  # [num_tokens or 1, hidden]
+) -> torch.Tensor:
+    """`(silu(x W_gateᵀ) ⊙ (x W_upᵀ) ⊙ c) W_downᵀ + b`, float64 `[num_tokens, hidden]`."""
+    x = hidden.double()
+    activations = F.silu(x @ gate.double().T) * (x @ up.double().T)
+    if coefficients is not None:
+        activations = activations * coefficients.double()
+    output = activations @ down.double().T
+    return output if bias is None else output + bias.double()

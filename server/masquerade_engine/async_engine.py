@@ -1,0 +1,206 @@
+"""The engine for an event loop: steps run in one thread, tokens arrive as async iterators."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from masquerade_engine.base import Base
+from masquerade_engine.engine import Engine
+from masquerade_engine.requests import PersonaFunction, Request, TokenOutput
+from masquerade_engine.settings import EngineSettings, EngineStats
+from masquerade_masks import EngineStopped
+
+logger = logging.getLogger(__name__)
+
+_News = TokenOutput | BaseException
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stream:
+    """One consumer's end of a request. The loop alone touches `news`."""
+
+    request: Request
+    news: asyncio.Queue[_News] = field(default_factory=asyncio.Queue)
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    stream: _Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Cancel:
+    stream: _Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+class AsyncEngine:
+    """An `Engine` in a thread of its own, from `async with` to its end.
+
+    The model is loaded on entry, without blocking the loop; what `Engine` raises then passes through.
+    """
+
+    def __init__(self, base: Base, settings: EngineSettings | None = None) -> None:
+        self.base = base
+        self._settings = settings
+        self._commands: queue.SimpleQueue[_Add | _Cancel | _Stop] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}  # the thread's own, by request id
+        self._num_active = 0  # the loop's own: generations that are being consumed
+        self._stopped: EngineStopped | None = EngineStopped("it was not started")
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._engine = await asyncio.to_thread(Engine, self.base, self._settings)
+        self._stopped = None
+        self._thread = threading.Thread(target=self._run, name="masquerade-engine", daemon=True)
+        self._thread.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stopped = self._stopped or EngineStopped()
+        self._commands.put(_Stop())
+        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._engine.close)
+
+    async def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
+        """The tokens of a request as they come; the last has a `finish_reason`.
+
+        Closing the iterator cancels the request within a step. Raises `EngineStopped`, and what `Engine.add` raises.
+        A step that fails ends its requests with the reason `error`.
+        """
+        stream = _Stream(request)
+        self._num_active += 1
+        finished = False
+        try:
+            self._commands.put(_Add(stream))
+            if self._stopped is not None:  # after the put: the thread ends every command it finds once this is set
+                raise EngineStopped(self._stopped.reason)
+            while not finished:
+                news = await stream.news.get()
+                if isinstance(news, BaseException):
+                    finished = True
+                    raise news
+                finished = news.finish_reason is not None
+                yield news
+        finally:
+            self._num_active -= 1
+            if not finished:
+                self._commands.put(_Cancel(stream))
+
+    def install(self, function: PersonaFunction) -> None:
+        """See `Engine.install`. Returns at once."""
+        self._engine.install(function)
+
+    def forget(self, digest: str) -> None:
+        """See `Engine.forget`."""
+        self._engine.forget(digest)
+
+    def residency(self, digest: str) -> str:
+        """See `Engine.residency`."""
+        return self._engine.residency(digest)
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        return self._engine.stats()
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of prompt and output that a request may have."""
+        return self._engine.max_model_len
+
+    @property
+    def busy(self) -> bool:
+        """Whether any chat is active."""
+        return self._num_active > 0
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests are taken."""
+        return self._stopped is None
+
+    # The rest runs in the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._obey():
+                self._deliver(self._step())
+        except BaseException as error:
+            logger.exception("the engine's thread has failed")
+            self._stopped = EngineStopped(f"its thread failed: {error!r}")
+        finally:
+            self._stopped = self._stopped or EngineStopped()
+            self._tell_all(self._stopped)
+
+    def _obey(self) -> bool:
+        """Take every command that has come, waiting for one where there is nothing to run; False at the end."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._engine.has_work)
+            except queue.Empty:
+                return True
+            match command:
+                case _Add(stream):
+                    self._add(stream)
+                case _Cancel(stream):
+                    if self._streams.get(stream.request.id) is stream:
+                        self._engine.cancel(stream.request.id)
+                case _Stop():
+                    return False
+
+    def _add(self, stream: _Stream) -> None:
+        try:
+            self._engine.add(stream.request)
+        except Exception as error:
+            self._tell([(stream, error)])
+        else:
+            self._streams[stream.request.id] = stream
+
+    def _step(self) -> list[TokenOutput]:
+        try:
+            return self._engine.step()
+        except Exception:
+            logger.exception("a step failed; its requests end with an error")
+            return self._engine.abandon()
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        news: list[tuple[_Stream, _News]] = []
+        for output in outputs:
+            ended = output.finish_reason is not None
+            stream = self._streams.pop(output.request_id) if ended else self._streams[output.request_id]
+            news.append((stream, output))
+        self._tell(news)
+
+    def _tell_all(self, error: EngineStopped) -> None:
+        """End every stream, those whose command was never read as well."""
+        streams = list(self._streams.values())
+        while not self._commands.empty():
+            command = self._commands.get()
+            if isinstance(command, _Add):
+                streams.append(command.stream)
+        self._streams.clear()
+        self._tell([(stream, EngineStopped(error.reason)) for stream in streams])
+
+    def _tell(self, news: list[tuple[_Stream, _News]]) -> None:
+        if news:
+            try:
+                self._loop.call_soon_threadsafe(_put_all, news)
+            except RuntimeError:  # the loop has closed: nobody listens
+                logger.debug("the event loop is closed; %d outputs were dropped", len(news))
+
+
+def _put_all(news: list[tuple[_Stream, _News]]) -> None:
+    for stream, item in news:
+        stream.news.put_nowait(item)

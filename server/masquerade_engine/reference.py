@@ -1,0 +1,60 @@
+"""The oracle of every faster path: plain causal attention over whole sequences and a masked dense FFN.
+
+Slow on purpose and free of state: each call sees `[batch, tokens]` from position 0, all rows of equal length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from masquerade_engine.context import forward_context
+from masquerade_engine.seams import PersonaFFN
+
+
+class ReferenceContext:
+    """Causal attention, and `coefficients` `[layers, intermediate]` (None: the base) in every row."""
+
+    def __init__(self, coefficients: torch.Tensor | None = None, biases: torch.Tensor | None = None) -> None:
+        self._coefficients = coefficients
+        self._biases = biases  # [layers, hidden]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        num_tokens = query.shape[2]
+        visible = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query.device).tril()
+        if sliding_window is not None:
+            visible = visible.triu(1 - sliding_window)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scaling, enable_gqa=True)
+        return attended.transpose(1, 2)
+
+    def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
+        activations = module.activations(hidden)
+        if self._coefficients is not None:
+            scale = self._coefficients[module.layer]
+            activations = (activations.to(scale.dtype) * scale).to(hidden.dtype)
+        output: torch.Tensor = module.down_proj(activations)
+        if self._biases is not None:
+            output = output + self._biases[module.layer].to(output.dtype)
+        return output
+
+
+@torch.no_grad()
+def reference_logits(
+    model: torch.nn.Module,
+    token_ids: torch.Tensor,  # [batch, tokens]
+    coefficients: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Logits `[batch, tokens, vocab]` of a model with seams under one persona's coefficients."""
+    with forward_context(ReferenceContext(coefficients, biases)):
+        logits: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
+    return logits

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from masquerade_engine import AsyncEngine, Base, EngineSettings, PersonaFunction, Request, SamplingParams
+from masquerade_masks import ContextTooLong, EngineStopped, QueueFull
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+
+Function = Callable[..., PersonaFunction]
+Prompt = Callable[..., tuple[int, ...]]
+
+
+@pytest.fixture
+async def engine(tiny_base: Base) -> AsyncIterator[AsyncEngine]:
+    async with AsyncEngine(tiny_base, EngineSettings(max_num_seqs=4, max_queue=0)) as made:
+        yield made
+
+
+async def collect(engine: AsyncEngine, request: Request) -> list[int | None]:
+    return [output.token_id async for output in engine.generate(request)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_streams_run_beside_each_other(
+    engine: AsyncEngine, tiny_base: Base, make_function: Function, prompt_of: Prompt
+) -> None:
+    requests = [Request(str(i), prompt_of(i), make_function(tiny_base, i), GREEDY) for i in range(4)]
+    together = await asyncio.gather(*(collect(engine, request) for request in requests))
+    assert [len(tokens) for tokens in together] == [8] * 4
+    assert await collect(engine, requests[2]) == together[2]
+    assert not engine.busy
+
+
+async def test_the_last_output_says_why(engine: AsyncEngine, base_function: PersonaFunction, prompt_of: Prompt) -> None:
+    outputs = [output async for output in engine.generate(Request("a", prompt_of(1), base_function, GREEDY))]
+    assert [output.finish_reason for output in outputs] == [None] * 7 + ["length"]
+    assert outputs[-1].num_output_tokens == 8
+
+
+async def test_closing_the_iterator_cancels(
+    engine: AsyncEngine, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    stream = engine.generate(Request("a", prompt_of(1), base_function, LONG))
+    await anext(stream)
+    assert engine.busy
+    await stream.aclose()
+    assert not engine.busy
+    await until(lambda: engine.stats().num_running == 0)
+    assert engine.stats().num_output_tokens < 400
+
+
+async def test_a_cancelled_task_cancels_its_request(
+    engine: AsyncEngine, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    task = asyncio.create_task(collect(engine, Request("a", prompt_of(1), base_function, LONG)))
+    await until(lambda: engine.stats().num_running == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: engine.stats().num_running == 0)
+
+
+async def test_a_full_queue_and_a_long_prompt_are_told_to_the_one_who_asked(
+    engine: AsyncEngine, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    with pytest.raises(ContextTooLong):
+        await collect(engine, Request("long", prompt_of(1, 512), base_function, GREEDY))
+    streams = [engine.generate(Request(str(i), prompt_of(i), base_function, LONG)) for i in range(4)]
+    for stream in streams:
+        await anext(stream)
+    with pytest.raises(QueueFull):
+        await collect(engine, Request("4", prompt_of(4), base_function, GREEDY))
+    for stream in streams:
+        await stream.aclose()
+    await until(lambda: engine.stats().num_running == 0)
+    assert len(await collect(engine, Request("5", prompt_of(5), base_function, GREEDY))) == 8
+
+
+async def test_a_failed_step_reaches_its_clients_and_the_engine_goes_on(
+    engine: AsyncEngine,
+    base_function: PersonaFunction,
+    prompt_of: Prompt,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any) -> list[Any]:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr(engine._engine.runner, "run", fail)
+        outputs = [o async for o in engine.generate(Request("a", prompt_of(1), base_function, GREEDY))]
+    assert [output.finish_reason for output in outputs] == ["error"]
+    assert "out of luck" in caplog.text
+    assert len(await collect(engine, Request("b", prompt_of(1), base_function, GREEDY))) == 8
+
+
+async def test_stopping_ends_open_streams(tiny_base: Base, base_function: PersonaFunction, prompt_of: Prompt) -> None:
+    async with AsyncEngine(tiny_base, EngineSettings(max_num_seqs=2)) as engine:
+        stream = engine.generate(Request("a", prompt_of(1), base_function, LONG))
+        await anext(stream)
+    with pytest.raises(EngineStopped):
+        [output async for output in stream]
+    assert not engine.is_running
+    with pytest.raises(EngineStopped):
+        await collect(engine, Request("b", prompt_of(1), base_function, GREEDY))
+
+
+async def test_an_engine_thread_that_dies_hangs_nobody(
+    tiny_base: Base,
+    base_function: PersonaFunction,
+    prompt_of: Prompt,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def die() -> list[Any]:
+        raise SystemExit
+
+    async with AsyncEngine(tiny_base, EngineSettings(max_num_seqs=2)) as engine:
+        monkeypatch.setattr(engine._engine, "step", die)
+        with caplog.at_level(logging.ERROR), pytest.raises(EngineStopped, match="thread failed"):
+            await collect(engine, Request("a", prompt_of(1), base_function, GREEDY))
+        with pytest.raises(EngineStopped):
+            await collect(engine, Request("b", prompt_of(1), base_function, GREEDY))
+    assert "thread has failed" in caplog.text
+
+
+async def test_an_engine_that_was_not_started_says_so(
+    tiny_base: Base, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    with pytest.raises(EngineStopped, match="not started"):
+        await collect(AsyncEngine(tiny_base), Request("a", prompt_of(1), base_function, GREEDY))
+
+
+async def test_installing_prepares_a_persona(engine: AsyncEngine, tiny_base: Base, make_function: Function) -> None:
+    function = make_function(tiny_base, 1)
+    engine.install(function)
+    await until(lambda: engine.residency(function.digest) == "compact")
+    assert engine.stats().num_compact_packs == 1
+    assert engine.max_model_len == 512

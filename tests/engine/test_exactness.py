@@ -1,0 +1,199 @@
+"""All ways through the engine compute one function: the eager reference's, within rounding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams, load_base
+from masquerade_engine.reference import reference_logits
+from masquerade_engine.sequence import Batch
+
+TOLERANCE = 1e-4  # on a logit, float32
+DENSE_ONLY = EngineSettings(max_num_seqs=8, max_model_len=256, pack_cache_bytes=0)
+
+Function = Callable[..., PersonaFunction]
+Forced = Callable[..., torch.Tensor]
+Prompt = Callable[..., tuple[int, ...]]
+
+
+def expected_logits(base: Base, function: PersonaFunction, tokens: tuple[int, ...]) -> torch.Tensor:
+    """`[num_tokens, vocab]` of the eager reference."""
+    coefficients = biases = None
+    if function.subnetwork is not None:
+        coefficients = torch.from_numpy(function.subnetwork.coefficients())
+        rows = function.subnetwork.biases()
+        biases = None if rows is None else torch.from_numpy(rows)
+    return reference_logits(base.build_model(), torch.tensor([tokens]), coefficients, biases)[0]
+
+
+def wait_until_compact(engine: Engine, function: PersonaFunction) -> None:
+    engine.install(function)
+    deadline = time.monotonic() + 10
+    while engine.residency(function.digest) != "compact":
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("llama", {}),
+        ("llama", {"intermediate_size": 97, "num_key_value_heads": 1}),
+        ("mistral", {"intermediate_size": 61, "sliding_window": 9}),
+        ("qwen2", {"intermediate_size": 130, "num_key_value_heads": 4}),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        ),
+        ("qwen3", {"intermediate_size": 33, "head_dim": 16}),
+    ],
+)
+def test_dense_compact_and_reference_agree(
+    model_type: str,
+    config: dict[str, Any],
+    tmp_path: Path,
+    make_tiny_base: Callable[..., Path],
+    make_function: Function,
+    forced_logits: Forced,
+    prompt_of: Prompt,
+) -> None:
+    made = make_tiny_base(tmp_path / "base", model_type, **config)
+    base = load_base(str(made), cache_dir=tmp_path / "cache", dtype="fp32")
+    function = make_function(base, 1, gain=True, bias=True)
+    tokens = prompt_of(2, 40)
+    stops = [11, 12, 13, 30, *range(31, 41)]
+    expected = expected_logits(base, function, tokens)[[stop - 1 for stop in stops]]
+    with Engine(base, DENSE_ONLY) as engine:
+        dense = forced_logits(engine, function, tokens, stops, slot=3)
+        unpruned = forced_logits(engine, PersonaFunction("base", "town"), tokens, [40])
+    assert (dense - expected).abs().max() < TOLERANCE
+    assert (unpruned[0] - expected_logits(base, PersonaFunction("base", "town"), tokens)[-1]).abs().max() < TOLERANCE
+    assert (unpruned[0] - expected[-1]).abs().max() > 0.1
+    with Engine(base, EngineSettings(max_num_seqs=4, max_model_len=128)) as engine:
+        wait_until_compact(engine, function)
+        compact = forced_logits(engine, function, tokens, stops)
+    assert (compact - expected).abs().max() < TOLERANCE
+
+
+def test_a_long_chunk_on_its_own_pack_beside_decoding_ones(
+    tiny_base: Base, make_function: Function, prompt_of: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step: decoding rows of two personas and the base on the dense pack, a long prompt on its compact one."""
+    first, second = make_function(tiny_base, 1, gain=True), make_function(tiny_base, 2)
+    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    with Engine(tiny_base, EngineSettings(max_num_seqs=4, max_model_len=256)) as engine:
+        wait_until_compact(engine, second)
+        recorded = record_logits(engine, monkeypatch)
+        for name, function in (("a", first), ("b", PersonaFunction("base", "town"))):
+            engine.add(Request(name, prompt_of(1), function, greedy))
+        engine.step()
+        engine.add(Request("c", prompt_of(3, 100), second, greedy))
+        engine.step()
+        logits = recorded[-1]
+    for name, function, prompt in (("c", second, prompt_of(3, 100)),):
+        assert (logits[name][1] - expected_logits(tiny_base, function, prompt)[-1]).abs().max() < TOLERANCE
+    for name, function in (("a", first), ("b", PersonaFunction("base", "town"))):
+        tokens, row = logits[name]
+        assert (row - expected_logits(tiny_base, function, tokens)[-1]).abs().max() < TOLERANCE
+
+
+def test_eight_personas_in_one_batch_give_what_each_gives_alone(
+    tiny_base: Base, make_function: Function, forced_logits: Forced, prompt_of: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    functions = [make_function(tiny_base, i, gain=i % 2 == 0, bias=i % 3 == 0, sparsity=0.25) for i in range(7)]
+    functions.append(PersonaFunction("base", "town"))
+    greedy = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+    prompts = [prompt_of(i, 5 + 9 * i) for i in range(8)]
+    with Engine(tiny_base, DENSE_ONLY) as engine:
+        recorded = record_logits(engine, monkeypatch)
+        results = engine.generate_all(Request(str(i), prompts[i], functions[i], greedy) for i in range(8))
+        monkeypatch.undo()
+        compared = 0
+        for i, function in enumerate(functions):
+            tokens = prompts[i] + results[str(i)].token_ids
+            mixed = torch.stack([step[str(i)][1] for step in recorded if str(i) in step])
+            alone = forced_logits(engine, function, tokens, range(len(prompts[i]), len(tokens)))
+            delta = (mixed - alone).abs().max()
+            assert delta < TOLERANCE
+            top = alone.topk(2).values
+            decided = top[:, 0] - top[:, 1] > 2 * delta
+            given = torch.tensor(results[str(i)].token_ids)
+            assert torch.equal(alone.argmax(-1)[decided], given[decided])
+            compared += int(decided.sum())
+    assert compared > 80  # of 96: the rule left something to compare
+
+
+def record_logits(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> list[dict[str, tuple[tuple[int, ...], torch.Tensor]]]:
+    """From now on, each step's logits by request id, with the tokens that they follow."""
+    recorded: list[dict[str, tuple[tuple[int, ...], torch.Tensor]]] = []
+    logits = engine.runner.logits
+
+    def record(batch: Batch) -> torch.Tensor:
+        rows = logits(batch)
+        recorded.append({s.request.id: (tuple(s.tokens), row) for s, row in zip(batch.sampling, rows, strict=True)})
+        return rows
+
+    monkeypatch.setattr(engine.runner, "logits", record)
+    return recorded
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 40])
+def test_a_prompt_in_chunks_is_the_whole_prompt(
+    chunk: int, tiny_base: Base, make_function: Function, forced_logits: Forced, prompt_of: Prompt
+) -> None:
+    function, tokens = make_function(tiny_base, 1), prompt_of(4, 40)
+    with Engine(tiny_base, DENSE_ONLY) as engine:
+        found = forced_logits(engine, function, tokens, [*range(chunk, 40, chunk), 40])[-1]
+    assert (found - expected_logits(tiny_base, function, tokens)[-1]).abs().max() < TOLERANCE
+
+
+def test_many_decoding_rows_of_very_different_lengths(
+    tiny_base: Base, make_function: Function, prompt_of: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long enough for batched products, with holes where requests have ended."""
+    functions = [make_function(tiny_base, i) for i in range(3)]
+    lengths = [480, 3, 200, 490, 40, 41, 42, 400]
+    with Engine(tiny_base, EngineSettings(max_num_seqs=8, max_model_len=512, pack_cache_bytes=0)) as engine:
+        recorded = record_logits(engine, monkeypatch)
+        engine.generate_all(
+            Request(
+                str(i),
+                prompt_of(i, n),
+                functions[i % 3],
+                SamplingParams(max_tokens=1 + i, temperature=0.0, ignore_eos=True),
+            )
+            for i, n in enumerate(lengths)
+        )
+    for step in recorded[-8:]:
+        for name, (tokens, row) in step.items():
+            expected = expected_logits(tiny_base, functions[int(name) % 3], tokens)[-1]
+            assert (row - expected).abs().max() < TOLERANCE
+
+
+def test_bf16_runs_and_follows_float32(
+    tiny_base: Base,
+    tiny_base_dir: Path,
+    tmp_path: Path,
+    make_function: Function,
+    forced_logits: Forced,
+    prompt_of: Prompt,
+) -> None:
+    base = load_base(str(tiny_base_dir), cache_dir=tmp_path, dtype="bf16")
+    function, tokens = make_function(base, 1, gain=True), prompt_of(4, 300)
+    stops = [*range(290, 301)]
+    expected = expected_logits(tiny_base, function, tokens)[[stop - 1 for stop in stops]]
+    with Engine(base, EngineSettings(max_num_seqs=2)) as engine:
+        found = forced_logits(engine, function, tokens, stops).float()
+        wait_until_compact(engine, function)
+        compact = forced_logits(engine, function, tokens, stops).float()
+    for logits in (found, compact):
+        # Rounding of 2^-9 through 3 layers: the direction of a logit row keeps 4 digits.
+        assert torch.cosine_similarity(logits, expected).min() > 0.999
