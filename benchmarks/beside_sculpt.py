@@ -142,7 +142,7 @@ def _wait_for(client: Masquerade, persona_id: str, stage: str) -> None:
     """Until the stage has done something, or is over. Exits where the sculpt ended."""
     _say(f"waiting for the {stage} stage")
     order = ("select", "answer", "learn", "evaluate")
-    while True:
+    for look in itertools.count():
         job = _job(client, persona_id)
         if job.ended:
             sys.exit(f"the sculpt {job.status} before its {stage} stage: {job.error or 'no reason given'}")
@@ -150,6 +150,8 @@ def _wait_for(client: Masquerade, persona_id: str, stage: str) -> None:
             return
         if job.stage == stage and job.completed:
             return
+        if look % 60 == 0:
+            _say(f"the sculpt is {job.status}: {job.stage or 'no stage yet'} {job.completed}/{job.total}")
         time.sleep(_LOOK_S)
 
 

@@ -62,7 +62,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("personas", nargs="*", type=Path, help="text files; default: the three ready personas")
+    parser.add_argument("personas", nargs="*", help="text files or ids of ready personas; default: all of these")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.5])
     parser.add_argument("--preset", default="default")
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "masquerade-fidelity")
@@ -70,11 +70,15 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _personas(files: list[Path]) -> Personas:
-    if files:
-        return [(file.stem, file.stem.replace("-", " ").title(), file.read_text("utf-8").strip()) for file in files]
-    ready = json.loads((resources.files("masquerade_pruner") / "data" / "ready.json").read_text("utf-8"))
-    return [(row["id"], row["name"], row["text"]) for row in ready]
+def _personas(wanted: list[str]) -> Personas:
+    """Text files, ids of ready personas, or nothing for all of these."""
+    listing = (resources.files("masquerade_pruner") / "data" / "ready.json").read_text("utf-8")
+    ready = {row["id"]: (row["id"], row["name"], row["text"]) for row in json.loads(listing)}
+    return [ready[one] if one in ready else _from_file(Path(one)) for one in wanted or ready]
+
+
+def _from_file(file: Path) -> tuple[str, str, str]:
+    return file.stem, file.stem.replace("-", " ").title(), file.read_text("utf-8").strip()
 
 
 def _show(persona_id: str, sparsity: float) -> Any:

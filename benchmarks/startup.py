@@ -32,7 +32,7 @@ from serving import Line, Server, serving
 from masquerade_client import Masquerade
 
 _SERVE = re.compile(r"/masquerade serve\b")  # make's echo of the command: the set-up is over
-_PIP_TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{3}) (.*)")
+_PIP_LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d,\d{3})\s+(.*)")
 _REPLY_TOKENS = 48
 
 
@@ -136,10 +136,11 @@ def _outside_environ() -> dict[str, str]:
 
 
 def _steps(server: Server) -> Iterator[tuple[str, float]]:
-    """What make said before the server, and how long until it spoke again."""
+    """What the Makefile said before the server ("Installing torch (...) ..."), and how long until it spoke again."""
     lines: list[Line] = [(server.started, "make")]
     for moment, text in server.lines:
-        lines.append((moment, text))
+        if text.endswith("...") or _SERVE.search(text):
+            lines.append((moment, re.sub(r" \(.*\)", "", text).removesuffix(" ...")))
         if _SERVE.search(text):
             break
     for (moment, text), (until, _) in pairwise(lines):
@@ -147,10 +148,10 @@ def _steps(server: Server) -> Iterator[tuple[str, float]]:
 
 
 def _downloads(pip_log: Path) -> Iterator[float]:
-    """Seconds of each download: pip logs its beginning, and nothing more until it is over."""
-    lines = [found.groups() for line in _log_lines(pip_log) if (found := _PIP_TIME.match(line))]
+    """Seconds of each download of a file or an index page: pip logs its beginning, then nothing until it is over."""
+    lines = [found.groups() for line in _log_lines(pip_log) if (found := _PIP_LINE.match(line))]
     for (stamp, text), (until, _) in pairwise(lines):
-        if text.strip().startswith("Downloading ") and not text.strip().endswith((".metadata", "kB)", " bytes)")):
+        if text.startswith(("Downloading ", "Getting page http")):
             yield (datetime.fromisoformat(until) - datetime.fromisoformat(stamp)).total_seconds()
 
 
@@ -175,7 +176,9 @@ def _fresh_section(fresh: FreshStart) -> str:
         "first reply": start.reply,
     }
     lines += [f"| {name} | {s:.1f} | {downloads:.1f} | {s - downloads:.1f} |" for name, s in moments.items()]
-    lines += ["", f"The set-up is {fresh.set_up / start.reply:.0%} of it, with {len(fresh.downloads)} downloads:", ""]
+    share = fresh.set_up / start.reply
+    num_downloads = len(fresh.downloads)
+    lines += ["", f"The set-up is {share:.0%} of it, with {num_downloads} downloads (files and index pages):", ""]
     lines += ["| step | s |", "| --- | --- |", *(f"| {text} | {seconds:.1f} |" for text, seconds in fresh.steps)]
     return "\n".join(lines)
 

@@ -29,7 +29,7 @@ class SculptSettings:
     context_share: float = 0.25  # of the branches, with a scene line or earlier turns
     branches_per_step: int = 16
     steps: int = 48
-    learning_rate: float = 0.02
+    learning_rate: float = 0.012
     loss: Loss = "kl"
     num_importance: int = 64  # examples that the initial scores are taken from
     num_validation: int = 48

@@ -18,7 +18,8 @@ def available_cores() -> int:
 def yield_at_barriers() -> None:
     """Have OpenMP threads sleep rather than spin while they wait for each other; call before torch is imported.
 
-    Where another process wants the same cores (a sculpt beside the chats) a spinning thread keeps the core that the one
-    it waits for needs: 32 streams beside such load ran 255 tokens/s asleep and 165 spinning. A user's own setting stays.
+    Where another process wants the same cores (a sculpt beside the chats), a spinning thread keeps the core that the
+    one it waits for needs: 32 streams beside such load ran 255 tokens/s asleep and 165 spinning. A user's own setting
+    stays.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -111,7 +111,7 @@ class Registry(Protocol):
     def release_leases(self, worker: str) -> int:
         """Let the jobs of a worker that is known to be dead be claimed at once; how many there were."""
 
-    def report_progress(  # noqa: PLR0917  (all are told every time)
+    def report_progress(
         self,
         job_id: str,
         stage: str,

@@ -244,7 +244,7 @@ class SQLiteRegistry:
             )
             return released.rowcount
 
-    def report_progress(  # noqa: PLR0917  (all are told every time)
+    def report_progress(
         self,
         job_id: str,
         stage: str,

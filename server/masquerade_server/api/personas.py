@@ -1,0 +1,106 @@
+"""`/personas`: create, list, change, roll back, delete, cancel."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Query
+from starlette.responses import JSONResponse, Response
+
+from masquerade_server.bodies import describe_body, json_body
+from masquerade_server.personas import PersonaDesk
+from masquerade_server.schemas import ID_PATTERN, PersonaBody, PersonaPatch, RollbackBody
+from masquerade_server.state import BackendDep, StateDep
+from masquerade_server.views import job_json, persona_json, urls
+
+router = APIRouter(prefix="/personas", tags=["personas"])
+
+
+def persona_desk(state: StateDep, backend: BackendDep) -> PersonaDesk:
+    """The desk of a request; it holds nothing of its own."""
+    return PersonaDesk(backend, state.registry, state.files)
+
+
+DeskDep = Annotated[PersonaDesk, Depends(persona_desk)]
+PageSize = Annotated[int, Query(ge=1, le=200)]
+
+
+@router.post("", status_code=202, openapi_extra=describe_body(PersonaBody))
+async def create_persona(
+    state: StateDep,
+    desk: DeskDep,
+    body: Annotated[PersonaBody, Depends(json_body(PersonaBody))],
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Create a persona and queue its sculpt; it answers at once, from the unpruned base.
+
+    202 where a sculpt was queued, 201 with `sculpt: false`; with `dry_run`, 200 and an estimate, and
+    nothing is created.
+    """
+    if body.dry_run:
+        await asyncio.to_thread(desk.check, body)
+        found = await state.estimator.estimate(body)
+        return JSONResponse(found | {"queue_position": await asyncio.to_thread(desk.queue_length)})
+    persona, job = await asyncio.to_thread(desk.create, body, idempotency_key)
+    headers = {"location": f"/personas/{persona.id}"}
+    return await _accepted(desk, persona.id, 201 if job is None else 202, headers)
+
+
+@router.get("")
+async def list_personas(
+    desk: DeskDep,
+    limit: PageSize = 50,
+    after: Annotated[str | None, Query(max_length=63)] = None,
+    cast: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
+) -> dict[str, Any]:
+    """Personas by id; `next` is the `after` of the next page, null on the last."""
+    page, cursor = await asyncio.to_thread(desk.page, limit, after, cast)
+    return {"data": [persona_json(facts) for facts in page], "next": cursor}
+
+
+@router.get("/{persona_id}")
+async def get_persona(persona_id: str, desk: DeskDep) -> dict[str, Any]:
+    """One persona, with versions, job, report and residency."""
+    return persona_json(await asyncio.to_thread(desk.facts, persona_id, with_report=True))
+
+
+@router.patch("/{persona_id}", openapi_extra=describe_body(PersonaPatch))
+async def update_persona(
+    persona_id: str, desk: DeskDep, patch: Annotated[PersonaPatch, Depends(json_body(PersonaPatch))]
+) -> Response:
+    """Change a persona: 202 where a new version is sculpted, 200 where the mask is kept."""
+    _, job = await asyncio.to_thread(desk.update, persona_id, patch)
+    return await _accepted(desk, persona_id, 200 if job is None else 202, {})
+
+
+@router.post("/{persona_id}/rollback", openapi_extra=describe_body(RollbackBody, required=False))
+async def roll_back(
+    persona_id: str,
+    desk: DeskDep,
+    body: Annotated[RollbackBody, Depends(json_body(RollbackBody, optional=True))],
+) -> dict[str, Any]:
+    """Serve an earlier version again, with its text; without `version`, the one before the present."""
+    await asyncio.to_thread(desk.rollback, persona_id, body.version)
+    return persona_json(await asyncio.to_thread(desk.facts, persona_id))
+
+
+@router.delete("/{persona_id}")
+async def delete_persona(persona_id: str, desk: DeskDep) -> dict[str, Any]:
+    """Gone at once; requests in flight finish."""
+    await asyncio.to_thread(desk.delete, persona_id)
+    return {"id": persona_id, "deleted": True}
+
+
+@router.post("/{persona_id}/cancel")
+async def cancel_sculpt(persona_id: str, desk: DeskDep) -> dict[str, Any]:
+    """Stop the sculpt: at once where it is queued, within a step where it runs."""
+    job = await asyncio.to_thread(desk.cancel, persona_id)
+    return {"job": job_json(job)}
+
+
+async def _accepted(desk: PersonaDesk, persona_id: str, status: int, headers: dict[str, str]) -> Response:
+    """`{persona, job, urls}`."""
+    persona = persona_json(await asyncio.to_thread(desk.facts, persona_id))
+    content = {"persona": persona, "job": persona["job"], "urls": urls(persona_id)}
+    return JSONResponse(content, status_code=status, headers=headers)

@@ -1,0 +1,81 @@
+"""Loading: from settings to a base, an engine on it, and a catalogue that resolves names."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, cast
+
+from masquerade_engine.threads import available_cores
+from masquerade_server.catalogue import Catalogue
+from masquerade_server.logs import quiet_transformers
+from masquerade_server.personas import PersonaDesk
+from masquerade_server.ready import import_ready, pruner_data
+from masquerade_server.state import Backend, ChatEngine, EngineFactory, ServerState
+
+if TYPE_CHECKING:
+    from masquerade_engine.base import Base
+    from masquerade_masks.registry import Event
+    from masquerade_server.settings import Settings
+
+log = logging.getLogger("masquerade.backend")
+
+WARM_AT_START = 16  # personas whose weights are prepared before anyone asks
+
+
+@asynccontextmanager
+async def open_engine(base: Base, settings: Settings) -> AsyncIterator[ChatEngine]:
+    """The real engine."""
+    from masquerade_engine import AsyncEngine, EngineSettings  # noqa: PLC0415  (torch: seconds of import)
+
+    wanted = EngineSettings(
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+        max_queue=settings.max_queue,
+    )
+    async with AsyncEngine(base, wanted) as engine:
+        yield cast(ChatEngine, engine)
+
+
+@asynccontextmanager
+async def open_backend(state: ServerState, engine_factory: EngineFactory) -> AsyncIterator[Backend]:
+    """Load the base, start its engine, bring in the ready personas.
+
+    Raises `BaseNotFound`, `UnsupportedModel`, `SettingError`.
+    """
+    settings, started = state.settings, time.monotonic()
+    base = await asyncio.to_thread(_load_base, settings)
+    log.info("base %s (%s) on %s, %s", base.name, base.fingerprint[:16], base.device, base.dtype)
+    async with engine_factory(base, settings) as engine:
+        catalogue = Catalogue(base, state.registry, state.files)
+        backend = Backend(base, engine, catalogue, int(time.time()))
+        await asyncio.to_thread(import_ready, base, state.registry, state.files, settings.data_dir, pruner_data())
+        await asyncio.to_thread(_warm_some, backend, state)
+        log.info("ready after %.1f s", time.monotonic() - started)
+        yield backend
+
+
+def warm(backend: Backend, state: ServerState, event: Event) -> None:
+    """Prepare the version that an event says is served from now on; called in a thread."""
+    persona = state.registry.get_persona(event.persona_id)
+    backend.engine.install(backend.catalogue.serving(persona).function)
+
+
+def _load_base(settings: Settings) -> Base:
+    import torch  # noqa: PLC0415
+
+    from masquerade_engine.base import load_base  # noqa: PLC0415
+
+    quiet_transformers()
+    torch.set_num_threads(settings.threads or available_cores())
+    return load_base(settings.model, cache_dir=settings.cache_dir, dtype=settings.dtype, device=settings.device)
+
+
+def _warm_some(backend: Backend, state: ServerState) -> None:
+    desk = PersonaDesk(backend, state.registry, state.files)
+    for persona in islice((one for one in desk.every() if one.version is not None), WARM_AT_START):
+        backend.engine.install(backend.catalogue.serving(persona).function)

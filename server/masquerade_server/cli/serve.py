@@ -1,0 +1,106 @@
+"""`masquerade serve`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from masquerade_server.cli import options
+from masquerade_server.listening import bind, url_of
+from masquerade_server.logs import logging_setup
+from masquerade_server.settings import unknown_environ
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+MaxSeqs = Annotated[int | None, typer.Option(help="Chats computed at once (32). [MASQUERADE_MAX_NUM_SEQS]")]
+MaxLen = Annotated[
+    int | None,
+    typer.Option(help="Tokens of prompt and answer together (the base's own). [MASQUERADE_MAX_MODEL_LEN]"),
+]
+MaxQueue = Annotated[int | None, typer.Option(help="Chats that may wait (256). [MASQUERADE_MAX_QUEUE]")]
+Key = Annotated[str | None, typer.Option(help="Ask every client for this bearer key. [MASQUERADE_API_KEY]")]
+Workers = Annotated[int | None, typer.Option(help="Sculpt workers beside the server, 0 or 1 (1). [MASQUERADE_WORKERS]")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine (every core). [MASQUERADE_THREADS]")]
+
+
+def serve(
+    config: options.Config = None,
+    host: options.Host = None,
+    port: options.Port = None,
+    data_dir: options.DataDir = None,
+    cache_dir: options.CacheDir = None,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    max_num_seqs: MaxSeqs = None,
+    max_model_len: MaxLen = None,
+    max_queue: MaxQueue = None,
+    api_key: Key = None,
+    workers: Workers = None,
+    threads: Threads = None,
+    log_level: options.LogLevel = None,
+) -> None:
+    """Start the server.
+
+    \b
+    masquerade serve                                   the bundled model
+    masquerade serve --model ~/models/Llama-3.2-1B-Instruct
+    masquerade serve --host 0.0.0.0 --api-key secret   open, with a key
+
+    It listens on http://127.0.0.1:8000 and answers OpenAI's calls (/v1/chat/completions) with a persona's id as
+    the model. Stop it with Ctrl-C.
+    """
+    settings = options.settings_of(
+        config,
+        host=host,
+        port=port,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        model=model,
+        dtype=dtype,
+        device=device,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        max_queue=max_queue,
+        api_key=api_key,
+        workers=workers,
+        threads=threads,
+        log_level=log_level,
+    )
+    bound = bind(settings.host, settings.port)
+    url = url_of(bound, settings.host)
+    logging_setup(settings.log_level)
+    for stray in unknown_environ(os.environ):
+        logging.getLogger("masquerade").warning("%s", stray)
+    typer.echo(f"Loading {settings.model}; the first start of a model takes longest.", err=True)
+    from masquerade_server.serve import serve as run  # noqa: PLC0415
+
+    with suppress(KeyboardInterrupt):  # raised anew once the server has ended
+        run(settings, bound, on_ready=lambda app: typer.echo(_ready_text(app, url, settings.api_key)))
+
+
+def _ready_text(app: FastAPI, url: str, api_key: str | None) -> str:
+    state = app.state.server
+    base = state.backend.base
+    personas = state.registry.list_personas(50)
+    names = ", ".join(persona.id for persona in personas[:6]) + (", ..." if len(personas) > 6 else "")
+    body = {
+        "model": personas[0].id if personas else base.name,
+        "messages": [{"role": "user", "content": "What should I know about you?"}],
+    }
+    return "\n".join(
+        [
+            f"Masquerade serves {base.name} at {url}" + (f" as {names}" if personas else ""),
+            "",
+            f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\",
+            *(['    -H "Authorization: Bearer $MASQUERADE_API_KEY" \\'] if api_key else []),
+            f"    -d '{json.dumps(body)}'",
+            "",
+        ]
+    )

@@ -1,0 +1,166 @@
+"""Settings: flags, then `MASQUERADE_*` variables, then a TOML file, then defaults; resolved once."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from masquerade_masks import SettingError
+
+ENV_PREFIX = "MASQUERADE_"
+CONFIG_ENV = "MASQUERADE_CONFIG"
+# Variables of this prefix that are read elsewhere: the config's own path, and what the Python client reads.
+_OTHER_ENV = frozenset({CONFIG_ENV, "MASQUERADE_URL", "MASQUERADE_BASE_URL"})
+
+
+def default_data_dir() -> Path:
+    """The platform's folder for user data: XDG on Linux, Application Support on macOS, AppData on Windows."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "masquerade"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "masquerade"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "masquerade"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a server process runs with. Every value is resolved: no None stands for "look elsewhere"."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free port
+    data_dir: Path = field(default_factory=default_data_dir)
+    cache_dir: Path = field(default_factory=lambda: default_data_dir() / "cache")
+    model: str = "smollm2-135m-instruct"
+    dtype: str = "auto"
+    device: str = "auto"
+    max_num_seqs: int = 32
+    max_model_len: int | None = None  # tokens; None: the base's own context length
+    max_queue: int = 256
+    api_key: str | None = field(default=None, repr=False)
+    workers: int = 1  # sculpt worker processes: 0 or 1
+    threads: int = 0  # of the engine; 0: every core this process may use
+    log_level: str = "info"
+
+
+def resolve_settings(
+    flags: Mapping[str, Any] | None = None,
+    *,
+    config: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Settings:
+    """Merge the four sources into one `Settings`.
+
+    `flags` are by field name; None means "not given". Raises `SettingError` naming the setting and its
+    source.
+    """
+    environ = os.environ if environ is None else environ
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    merged: dict[str, Any] = {}
+    for name, (raw, source) in (_from_file(config, environ) | _from_environ(environ)).items():
+        merged[name] = _convert(name, raw, source)
+    for name, value in given.items():
+        merged[name] = _convert(name, value, f"--{name.replace('_', '-')}")
+    data_dir = merged.setdefault("data_dir", default_data_dir())
+    merged.setdefault("cache_dir", data_dir / "cache")
+    return Settings(**merged)
+
+
+def unknown_environ(environ: Mapping[str, str]) -> list[str]:
+    """Sentences about `MASQUERADE_*` variables that nothing reads: most are misspellings."""
+    known = {ENV_PREFIX + name.upper() for name in _CONVERTERS} | _OTHER_ENV
+    strays = sorted(name for name in environ if name.startswith(ENV_PREFIX) and name not in known)
+    return [f"the environment variable {name} is not a setting{_suggestion(name, known)}" for name in strays]
+
+
+def _from_file(config: Path | None, environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    path = config or (Path(environ[CONFIG_ENV]) if environ.get(CONFIG_ENV) else None)
+    if path is None:
+        return {}
+    try:
+        table = tomllib.loads(path.expanduser().read_text("utf-8"))
+    except OSError as error:
+        raise SettingError("config", f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # TOML and UTF-8 errors alike
+        raise SettingError("config", f"{path} is not valid TOML: {error}") from error
+    for name in table:
+        if name not in _CONVERTERS:
+            raise SettingError(name, f"unknown option in {path}{_suggestion(name, _CONVERTERS)}")
+    return {name: (value, str(path)) for name, value in table.items()}
+
+
+def _from_environ(environ: Mapping[str, str]) -> dict[str, tuple[Any, str]]:
+    named = {name: ENV_PREFIX + name.upper() for name in _CONVERTERS}
+    # An empty variable is an unset one: compose files pass `FOO=${FOO:-}`.
+    return {name: (environ[key], key) for name, key in named.items() if environ.get(key)}
+
+
+def _suggestion(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; the settings are {', '.join(sorted(known))}"
+
+
+def _convert(name: str, raw: Any, source: str) -> Any:
+    try:
+        return _CONVERTERS[name](raw)
+    except (TypeError, ValueError) as error:
+        raise SettingError(name, f"{error} (from {source})") from error
+
+
+def _text(raw: Any) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise ValueError(f"{raw!r} is not a non-empty string")
+    return raw.strip()
+
+
+def _folder(raw: Any) -> Path:
+    return Path(raw if isinstance(raw, Path) else _text(raw)).expanduser().absolute()
+
+
+def _integer(least: int, most: int, hint: str = "") -> Callable[[Any], int]:
+    def convert(raw: Any) -> int:
+        refusal = ValueError(f"{raw!r} is not a whole number from {least} to {most}{hint}")
+        if isinstance(raw, bool | float):
+            raise refusal
+        try:
+            number = int(raw)
+        except ValueError:
+            raise refusal from None
+        if not least <= number <= most:
+            raise refusal
+        return number
+
+    return convert
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def convert(raw: Any) -> str:
+        if raw not in choices:
+            raise ValueError(f"{raw!r} is not one of {', '.join(choices)}")
+        return str(raw)
+
+    return convert
+
+
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {
+    "host": _text,
+    "port": _integer(0, 65535),
+    "data_dir": _folder,
+    "cache_dir": _folder,
+    "model": _text,
+    "dtype": _one_of("auto", "bf16", "bfloat16", "fp32", "float32"),
+    "device": _one_of("auto", "cpu", "cuda"),
+    "max_num_seqs": _integer(1, 4096),
+    "max_model_len": _integer(16, 10_000_000, " (tokens)"),
+    "max_queue": _integer(1, 100_000),
+    "api_key": _text,
+    "workers": _integer(0, 1, " (sculpt worker processes beside this server)"),
+    "threads": _integer(0, 1024, " (0: every core)"),
+    "log_level": _one_of("debug", "info", "warning", "error"),
+}
+assert set(_CONVERTERS) == {one.name for one in fields(Settings)}

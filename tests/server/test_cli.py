@@ -1,0 +1,359 @@
+"""The command line: what it says, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fake_sculpting
+import pytest
+from running_server import RunningServer, add_version, wait_until
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+import masquerade_pruner
+from masquerade_masks import SettingError
+from masquerade_masks.mask_file import read
+from masquerade_masks.registry import SQLiteRegistry
+from masquerade_server import cli
+from masquerade_server.cli.doctor import Verdict, examine
+from masquerade_server.cli.persona_text import id_of, name_of, read_text
+from masquerade_server.cli.progress import SculptDisplay, time_left
+from masquerade_server.listening import CannotListen, PortInUse, bind, url_of
+from masquerade_server.settings import Settings
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run("personas", "list", url=...)`: a command over a data directory of the test's own and the tiny base."""
+    monkeypatch.setenv("MASQUERADE_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("MASQUERADE_CACHE_DIR", str(tiny_base_dir.parent / "cache"))
+    monkeypatch.setenv("MASQUERADE_MODEL", str(tiny_base_dir))
+    monkeypatch.setenv("MASQUERADE_DTYPE", "fp32")
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def command(*arguments: str, url: str | None = None, input: str | None = None) -> Result:
+        if url is not None:
+            monkeypatch.setenv("MASQUERADE_URL", url)
+        return CliRunner().invoke(cli.app, [str(one) for one in arguments], input=input)
+
+    return command
+
+
+def process(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`masquerade` as a shell runs it."""
+
+    command = [sys.executable, "-c", "from masquerade_server.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environ, timeout=60, check=False)
+
+
+# --- help and errors
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["serve"], ["sculpt"], ["chat"], ["personas"], ["personas", "create"], ["export"], ["doctor"]]
+)
+def test_every_command_explains_itself(run: Run, command: list[str]) -> None:
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+    if command in (["serve"], ["sculpt"], ["chat"], ["export"]):
+        assert f"masquerade {command[0]}" in result.output  # an example
+
+
+def test_help_needs_neither_torch_nor_the_server() -> None:
+    code = (
+        "import sys; from masquerade_server import cli; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'fastapi', 'uvicorn')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_port_in_use_is_told_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = process("serve", "--port", str(port))
+    assert found.returncode == 1
+    assert f"port {port} on 127.0.0.1 is in use" in found.stderr
+    assert "--port" in found.stderr
+    assert "Loading" not in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_a_wrong_setting_is_a_sentence_and_status_2(tmp_path: Path) -> None:
+    config = tmp_path / "m.toml"
+    config.write_text("prot = 1")
+    found = process("serve", "--config", str(config))
+    assert found.returncode == 2
+    assert "did you mean 'port'" in found.stderr
+    unusable = process("serve", "--port", "0", "--data-dir", str(config))
+    assert unusable.returncode == 2
+    assert "cannot be used" in unusable.stderr
+    assert "Traceback" not in found.stderr + unusable.stderr
+
+
+def test_no_server_is_a_sentence_and_status_1() -> None:
+    found = process("chat", "pip", "hello", MASQUERADE_URL="http://127.0.0.1:9")
+    assert found.returncode == 1
+    assert "127.0.0.1:9" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+# --- listening
+
+
+def test_binding() -> None:
+    with bind("127.0.0.1", 0) as bound:
+        port = bound.getsockname()[1]
+        assert url_of(bound, "127.0.0.1") == f"http://127.0.0.1:{port}"
+        assert url_of(bound, "0.0.0.0") == f"http://127.0.0.1:{port}"
+        assert url_of(bound, "::1") == f"http://[::1]:{port}"
+        with pytest.raises(PortInUse, match=str(port)):
+            bind("127.0.0.1", port)
+    with pytest.raises(CannotListen, match=r"192\.0\.2\.1"):
+        bind("192.0.2.1", 0)
+    with pytest.raises(CannotListen, match="no-such-host"):
+        bind("no-such-host.invalid", 0)
+
+
+# --- against a running server
+
+
+def test_listing_and_showing(run: Run, town: RunningServer) -> None:
+    result = run("personas", url=town.url)
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.output.splitlines()]
+    assert rows[0] == ["id", "name", "serves", "sparsity", "job"]
+    assert rows[1][:4] == ["mira", "Mira", "version", "2"]
+    assert rows[2] == ["plain", "Plain", "unpruned", "base", "25%"]
+    shown = run("personas", "show", "mira", url=town.url).output
+    assert "keeps a lighthouse" in shown
+    assert "48 of 96 neurons a layer" in shown
+
+
+def test_a_life_from_the_command_line(run: Run, town: RunningServer, tmp_path: Path) -> None:
+    text = tmp_path / "swamp-witch.txt"
+    text.write_text("A witch.")
+    created = run("personas", "create", str(text), "--no-wait", "--preset", "smoke", url=town.url)
+    assert created.exit_code == 0, created.output
+    assert "swamp-witch answers" in created.output
+    assert run("personas", "cancel", "swamp-witch").exit_code == 0
+    for seed in (1, 2):
+        add_version(town, "swamp-witch", "Swamp Witch", "A witch.", seed)
+    mask = tmp_path / "witch.safetensors"
+    assert run("personas", "download", "swamp-witch", str(mask), "--version", "1").exit_code == 0
+    assert "version 1" in run("personas", "rollback", "swamp-witch", "1").output
+    assert "version 3" in run("personas", "upload", "swamp-witch", str(mask)).output
+    patched = run("personas", "update", "swamp-witch", "--name", "Nettie", "--no-sculpt")
+    assert patched.exit_code == 0
+    assert run("personas", "delete", "swamp-witch", input="n\n").exit_code == 1
+    assert run("personas", "delete", "swamp-witch", "--yes").exit_code == 0
+    assert "swamp-witch" not in run("personas").output
+
+
+def test_one_question(run: Run, town: RunningServer) -> None:
+    result = run("chat", "mira", "hello", "--max-tokens", "5", "--temperature", "0", url=town.url)
+    assert result.exit_code == 0, result.output
+    piped = run("chat", "mira", "-", "--max-tokens", "5", "--temperature", "0", input="hello")
+    assert piped.output == result.output
+
+
+def test_a_conversation_remembers_and_forgets(run: Run, town: RunningServer) -> None:
+    lines = "hello\n\n/who\n/nonsense\n/forget\nhello\n/quit\n"
+    result = run("chat", "mira", "--max-tokens", "3", "--temperature", "0", "--seed", "1", url=town.url, input=lines)
+    assert result.exit_code == 0, result.output
+    assert "keeps a lighthouse" in result.output
+    assert "A new conversation" in result.output
+    by_end_of_file = run("chat", "mira", "--max-tokens", "3", input="hello\n")
+    assert by_end_of_file.exit_code == 0
+
+
+def test_a_misspelt_persona_is_told_before_anyone_types(run: Run, town: RunningServer) -> None:
+    result = run("chat", "mirra", url=town.url, input="")
+    assert "mirra" in str(result.exception)
+
+
+# --- on this machine
+
+
+def test_sculpting_writes_mask_report_and_examples_and_publishes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masquerade_pruner, "sculpt", fake_sculpting.sculpt)
+    text = tmp_path / "old-nettie.txt"
+    text.write_text("A witch.\n")
+    out = tmp_path / "masks"
+    result = run("sculpt", str(text), "--preset", "smoke", "-o", str(out), "--publish")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in out.iterdir()) == [
+        "old-nettie.examples.jsonl",
+        "old-nettie.report.json",
+        "old-nettie.safetensors",
+    ]
+    found = read(out / "old-nettie.safetensors")
+    assert found.header.settings["preset"] == "smoke"
+    assert json.loads((out / "old-nettie.report.json").read_text()) == {"kept": 48}
+    with SQLiteRegistry(tmp_path / "data" / "registry.sqlite") as registry:
+        persona = registry.get_persona("old-nettie")
+        assert (persona.name, persona.text, persona.version) == ("Old Nettie", "A witch.", 1)
+    again = run("sculpt", str(text), "--seed", "2", "-o", str(out), "--publish")
+    assert "version 2" in again.output
+
+
+def test_a_sculpt_that_is_interrupted_keeps_its_checkpoints(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        args[2].mkdir(parents=True)
+        (args[2] / "step.json").write_text(json.dumps({"step": 15}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(masquerade_pruner, "sculpt", interrupted)
+    text = tmp_path / "witch.txt"
+    text.write_text("A witch.")
+    assert run("sculpt", str(text), "-o", str(tmp_path / "o")).exit_code != 0
+    monkeypatch.setattr(masquerade_pruner, "sculpt", fake_sculpting.sculpt)
+    result = run("sculpt", str(text), "-o", str(tmp_path / "o"))
+    assert "from 15" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["--sparsity", "1"], "sparsity"),
+        (["--sparsity", "nan"], "sparsity"),
+        (["--preset", "best"], "preset"),
+        (["--id", "../x"], "id"),
+        (["--name", " "], "name"),
+    ],
+)
+def test_wrong_sculpts(run: Run, tmp_path: Path, arguments: list[str], field: str) -> None:
+    text = tmp_path / "witch.txt"
+    text.write_text("A witch.")
+    result = run("sculpt", str(text), *arguments)
+    assert isinstance(result.exception, SettingError)
+    assert result.exception.field == field
+
+
+def test_persona_texts(tmp_path: Path) -> None:
+    path = tmp_path / "swamp_witch.txt"
+    path.write_bytes(b"\xef\xbb\xbfA witch.\r\n")
+    assert read_text(str(path)) == "A witch."
+    assert (name_of(str(path), None), name_of(str(path), "Nettie")) == ("Swamp Witch", "Nettie")
+    assert (id_of("Élise", None), id_of("Élise", "e")) == ("elise", "e")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingError, match="not UTF-8"):
+        read_text(str(path))
+    path.write_text(" \n")
+    with pytest.raises(SettingError, match="is empty"):
+        read_text(str(path))
+    with pytest.raises(SettingError, match="cannot be read"):
+        read_text(str(tmp_path / "nowhere.txt"))
+    with pytest.raises(SettingError, match="--id"):
+        id_of("李明", None)
+    with pytest.raises(SettingError, match="standard input"):
+        name_of("-", None)
+
+
+def test_exports(run: Run, town: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASQUERADE_DATA_DIR", str(town.state.settings.data_dir))
+    assert run("export", "mira", str(tmp_path / "hf")).exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.config.intermediate_size == 48
+    assert run("export", "mira", str(tmp_path / "mira.json"), "-f", "keep-index", "--version", "1").exit_code == 0
+    indices = json.loads((tmp_path / "mira.json").read_text())
+    assert (len(indices), len(indices[0])) == (3, 48)
+    mask = tmp_path / "mira.safetensors"
+    assert run("export", "mira", str(mask), "--format", "safetensors").exit_code == 0
+    assert run("export", str(mask), str(tmp_path / "hf2")).exit_code == 0
+    again = run("export", "mira", str(tmp_path / "hf"))
+    assert isinstance(again.exception, SettingError)
+    assert "plain" in str(run("export", "plain", str(tmp_path / "x")).exception)
+
+
+def test_the_doctor_is_content(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASQUERADE_PORT", "0")
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for subject in ("python", "torch", "device", "model", "registry", "port", "data directory"):
+        assert f"{subject}:" in result.output
+
+
+def test_the_doctor_finds_what_is_broken(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASQUERADE_PROT", "1")
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = run("doctor", "--model", "nowhere.gguf", "--data-dir", str(in_the_way), "--port", port)
+    assert result.exit_code == 1
+    for word in ("MASQUERADE_PROT", "nowhere.gguf", "cannot be written", "in use by another program", "4 of these"):
+        assert word in result.output
+
+
+def test_the_doctor_knows_its_own_server(town: RunningServer, tiny_base_dir: Path) -> None:
+    port = int(town.url.rsplit(":", 1)[1])
+    cache = tiny_base_dir.parent / "cache"
+    settings = Settings(port=port, data_dir=town.state.settings.data_dir, cache_dir=cache, model=str(tiny_base_dir))
+    *_, last = examine(settings)
+    assert last.verdict is Verdict.FINE
+    assert "a Masquerade serving" in last.found
+
+
+# --- displays
+
+
+def test_the_display_tells_stage_step_loss_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with SculptDisplay("mira") as display:
+        display.show("select", 0, 1, message="select: starting")
+        for step in range(50):
+            display.show("learn", step, 50, eta_s=600 - step, loss=1.25, message="learning the mask")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["mira: select 0/1", "mira: learn (learning the mask) 0/50 loss 1.250 10 min left"]
+
+
+@pytest.mark.parametrize(("eta", "text"), [(None, ""), (12.4, "12 s left"), (100, "2 min left")])
+def test_time_left(eta: float | None, text: str) -> None:
+    assert time_left(eta) == text
+
+
+def test_serving_announces_itself_with_an_example(tmp_path: Path, tiny_base_dir: Path) -> None:
+    command = [sys.executable, "-c", "from masquerade_server.cli import main; main()", "serve", "--port", "0"]
+    flags = ["--data-dir", str(tmp_path), "--model", str(tiny_base_dir), "--dtype", "fp32"]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        said = [server.stdout.readline() for _ in range(5)]
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+    assert said[0].startswith("Masquerade serves ")
+    assert "curl http://127.0.0.1:" in said[2]
+    body = json.loads(said[3].split("'")[1])
+    assert body["messages"]
+
+
+def test_watching_from_the_command_line(run: Run, town: RunningServer, tmp_path: Path) -> None:
+    text = tmp_path / "watched.txt"
+    text.write_text("A watchman.")
+    registry = town.state.registry
+
+    def work() -> None:
+        job = wait_until(lambda: registry.claim_job("tester", 60.0), "the job")
+        registry.report_progress(job.id, "learn", 1, 2, 3.0, {"loss": 0.5, "message": "learning the mask"})
+        registry.finish_job(job.id, "failed", "the disk is full", worker="tester")
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    result = run("personas", "create", str(text), url=town.url)
+    worker.join()
+    assert "learn (learning the mask) 1/2 loss 0.500 3 s left" in result.output
+    assert "the disk is full" in str(result.exception)

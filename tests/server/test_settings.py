@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from masquerade_masks import SettingError
+from masquerade_server import __version__
+from masquerade_server.settings import Settings, default_data_dir, resolve_settings, unknown_environ
+
+
+def resolve(tmp_path: Path, toml: str | None = None, environ: dict[str, str] | None = None, **flags: Any) -> Settings:
+    config = None
+    if toml is not None:
+        config = tmp_path / "masquerade.toml"
+        config.write_text(toml)
+    return resolve_settings(flags, config=config, environ=environ or {})
+
+
+def test_defaults() -> None:
+    settings = resolve_settings({}, environ={})
+    assert (settings.host, settings.port, settings.model) == ("127.0.0.1", 8000, "smollm2-135m-instruct")
+    assert settings.data_dir == default_data_dir()
+    assert settings.cache_dir == settings.data_dir / "cache"
+    assert settings.api_key is None
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    toml = 'port = 1\nhost = "file"\ndtype = "fp32"\n'
+    environ = {"MASQUERADE_PORT": "2", "MASQUERADE_HOST": "environment"}
+    settings = resolve(tmp_path, toml, environ, port=3)
+    assert (settings.port, settings.host, settings.dtype) == (3, "environment", "fp32")
+    assert settings.device == "auto"
+
+
+def test_a_flag_that_was_not_given_is_none_and_hides_nothing(tmp_path: Path) -> None:
+    assert resolve(tmp_path, "port = 1", port=None).port == 1
+
+
+def test_the_cache_follows_the_data_directory_unless_set(tmp_path: Path) -> None:
+    assert resolve(tmp_path, data_dir=tmp_path).cache_dir == tmp_path / "cache"
+    environ = {"MASQUERADE_CACHE_DIR": "/elsewhere", "MASQUERADE_DATA_DIR": str(tmp_path)}
+    assert resolve(tmp_path, environ=environ).cache_dir == Path("/elsewhere")
+
+
+def test_the_config_file_is_found_by_the_environment(tmp_path: Path) -> None:
+    path = tmp_path / "own.toml"
+    path.write_text("max_queue = 7")
+    assert resolve_settings({}, environ={"MASQUERADE_CONFIG": str(path)}).max_queue == 7
+
+
+def test_an_empty_variable_is_an_unset_one(tmp_path: Path) -> None:
+    assert resolve(tmp_path, environ={"MASQUERADE_API_KEY": "", "MASQUERADE_PORT": ""}).port == 8000
+
+
+@pytest.mark.parametrize(
+    ("toml", "field", "says"),
+    [
+        ("prot = 1", "prot", "did you mean 'port'"),
+        ("zzz = 1", "zzz", "the settings are"),
+        ("[server]\nport = 1", "server", "unknown option"),
+        ("port = 70000", "port", "from 0 to 65535"),
+        ("port = 1.5", "port", "1.5"),
+        ("port = true", "port", "True"),
+        ('port = "http"', "port", "'http'"),
+        ("workers = 2", "workers", "from 0 to 1"),
+        ('dtype = "int4"', "dtype", "auto, bf16"),
+        ('host = "  "', "host", "non-empty"),
+        ("data_dir = 3", "data_dir", "3"),
+        ("port =", "config", "not valid TOML"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_source(tmp_path: Path, toml: str, field: str, says: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        resolve(tmp_path, toml)
+    assert caught.value.field == field
+    assert says in str(caught.value)
+    assert "masquerade.toml" in str(caught.value)
+
+
+def test_a_wrong_variable_and_a_wrong_flag_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="MASQUERADE_PORT"):
+        resolve(tmp_path, environ={"MASQUERADE_PORT": "tcp://10.0.0.1:80"})
+    with pytest.raises(SettingError, match="--max-num-seqs"):
+        resolve(tmp_path, max_num_seqs=0)
+
+
+def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"nowhere\.toml cannot be read"):
+        resolve_settings({}, config=tmp_path / "nowhere.toml", environ={})
+
+
+def test_a_key_is_not_shown() -> None:
+    assert "hunter2" not in repr(Settings(api_key="hunter2"))
+
+
+def test_misspelt_variables_are_noticed() -> None:
+    environ = {"MASQUERADE_PROT": "1", "MASQUERADE_PORT": "1", "MASQUERADE_URL": "x", "PATH": "y"}
+    (sentence,) = unknown_environ(environ)
+    assert "MASQUERADE_PROT" in sentence
+    assert "did you mean 'MASQUERADE_PORT'" in sentence
+
+
+def test_the_version_is_the_projects() -> None:
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    assert tomllib.loads(pyproject.read_text("utf-8"))["project"]["version"] == __version__
