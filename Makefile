@@ -16,6 +16,7 @@ torch_index = $(patsubst cpu,$(TORCH_CPU_INDEX),$(strip $(TORCH_INDEX)))
 torch_options = $(if $(torch_index),--extra-index-url $(torch_index))
 bin := $(VENV)/bin
 installed := $(VENV)/.installed
+tools := $(VENV)/.tools-installed
 code := server pruner kernels mask_store clients tests benchmarks examples
 
 .DEFAULT_GOAL := help
@@ -31,21 +32,21 @@ help: ## Show this list.
 serve: $(installed) ## Start the server on 127.0.0.1:8000.
 	$(bin)/masquerade serve $(ARGS)
 
-test: $(installed) ## Run the whole test suite.
+test: $(tools) ## Run the whole test suite.
 	$(bin)/python -m pytest $(ARGS)
 
-format: $(installed) ## Format the code and apply safe fixes.
+format: $(tools) ## Format the code and apply safe fixes.
 	$(bin)/ruff check --fix-only --quiet
 	$(bin)/ruff format
 
-lint: $(installed) ## Check style and format.
+lint: $(tools) ## Check style and format.
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 
-typecheck: $(installed) ## Check types.
+typecheck: $(tools) ## Check types.
 	$(bin)/mypy
 
-bench: $(installed) ## Run the benchmarks one after the other; ARGS="benchmarks/one.py ..." runs some.
+bench: $(tools) ## Run the benchmarks one after the other; ARGS="benchmarks/one.py ..." runs some.
 	@for script in $(or $(ARGS),$(wildcard benchmarks/*.py)); do \
 		echo "== $$script"; $(bin)/python "$$script" || exit 1; done
 
@@ -80,6 +81,12 @@ $(installed): pyproject.toml clients/python/pyproject.toml constraints.txt
 	@echo 'Installing Masquerade and its other dependencies ...'
 	@$(bin)/python -c 'import importlib.metadata as m; print(m.requires("torch"))' | grep -q triton \
 		|| cp constraints.txt $(VENV)/constraints.txt
-	@$(bin)/pip install -qq -c $(VENV)/constraints.txt -e clients/python -e '.[test,lint]'
+	@$(bin)/pip install -qq -c $(VENV)/constraints.txt -e clients/python -e .
 	@touch $@
 	@echo 'Set up.'
+
+# What only the tests and the linters need: `make serve` does without.
+$(tools): $(installed)
+	@echo 'Installing what the tests and linters need ...'
+	@$(bin)/pip install -qq -c $(VENV)/constraints.txt -e '.[test,lint]'
+	@touch $@

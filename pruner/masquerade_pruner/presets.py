@@ -77,15 +77,15 @@ class SculptSpec:
 
     def __post_init__(self) -> None:
         if not self.name.strip():
-            raise SettingError("name", "name must not be empty")
+            raise SettingError("name", "must not be empty")
         if not self.text.strip():
-            raise SettingError("text", "text must not be empty: it is what the persona is learned from")
+            raise SettingError("text", "must not be empty: it is what the persona is learned from")
         if len(self.text.encode()) > MAX_TEXT_BYTES:
-            raise SettingError("text", f"text is longer than the limit of {MAX_TEXT_BYTES} bytes")
+            raise SettingError("text", f"is longer than the limit of {MAX_TEXT_BYTES} bytes")
         if not (
             isinstance(self.sparsity, float) and math.isfinite(self.sparsity) and 0 < self.sparsity <= MAX_SPARSITY
         ):
-            raise SettingError("sparsity", f"sparsity must be above 0 and at most {MAX_SPARSITY}")
+            raise SettingError("sparsity", f"must be above 0 and at most {MAX_SPARSITY}")
         _one_of("preset", self.preset, tuple(PRESETS))
         _one_of("recovery", self.recovery, RECOVERIES)
         _one_of("teacher", self.teacher, TEACHERS)
@@ -116,4 +116,4 @@ def shortened(settings: SculptSettings, num_train: int) -> SculptSettings:
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise SettingError(field, f"{field} {value!r} is not one of {', '.join(allowed)}")
+        raise SettingError(field, f"{value!r} is not one of {', '.join(allowed)}")

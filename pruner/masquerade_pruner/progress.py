@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from masquerade_masks import SculptCancelled
 
 # Share of a default sculpt's time by stage, measured on two cores with the bundled model.
-STAGES = {"select": 0.03, "answer": 0.27, "learn": 0.58, "evaluate": 0.12}
+STAGES = {"select": 0.03, "answer": 0.30, "learn": 0.52, "evaluate": 0.15}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,4 +70,5 @@ class Reporter:
         if self._first_share is None:
             self._first_share = share
         elapsed, gained = time.monotonic() - self._started, share - self._first_share
-        return round(elapsed * (1 - share) / gained, 1) if gained > 0.01 else None
+        # Less than the first stage's share says little: a model is being loaded, files are being mapped.
+        return round(elapsed * (1 - share) / gained, 1) if gained > 0.03 else None

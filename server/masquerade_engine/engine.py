@@ -147,9 +147,10 @@ class Engine:
             self.runner.packs.want(function.subnetwork)
 
     def forget(self, digest: str) -> None:
-        """A persona's function is no longer served; what runs still finishes on it."""
+        """A persona's function is no longer served, and gives its pack back; what runs still finishes on it."""
         with self._installing:
             self._installed.discard(digest)
+        self.runner.packs.drop(digest)
 
     def residency(self, digest: str) -> str:
         """`compact`, `dense` (served through the base's own pack) or `none` (not installed)."""

@@ -60,9 +60,13 @@ async def open_backend(state: ServerState, engine_factory: EngineFactory) -> Asy
 
 
 def warm(backend: Backend, state: ServerState, event: Event) -> None:
-    """Prepare the version that an event says is served from now on; called in a thread."""
+    """Prepare the version that an event says is served from now on, in place of the others; called in a thread."""
     persona = state.registry.get_persona(event.persona_id)
-    backend.engine.install(backend.catalogue.serving(persona).function)
+    serving = backend.catalogue.serving(persona).function
+    for version in state.registry.list_versions(persona.id):
+        if version.digest != serving.digest:
+            backend.engine.forget(version.digest)  # first: its memory is what the new pack may need
+    backend.engine.install(serving)
 
 
 def _load_base(settings: Settings) -> Base:

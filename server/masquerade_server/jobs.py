@@ -125,7 +125,11 @@ class WorkerSupervisor:
 
     async def _run_one(self, config: WorkerConfig) -> int:
         """Start a worker and return its exit status. Raises `OSError`."""
-        process = await asyncio.create_subprocess_exec(*self._command, stdin=asyncio.subprocess.PIPE)
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C is the server's to handle; the worker ends when its input closes
+        )
         self._process = process
         try:
             assert process.stdin is not None

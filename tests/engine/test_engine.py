@@ -300,3 +300,16 @@ def test_figures_add_up(engine: Engine, base_function: PersonaFunction, prompt_o
     assert stats.num_cached_tokens == 32
     assert stats.num_output_tokens == 16
     assert stats.num_steps == 16
+
+
+def test_a_forgotten_function_gives_its_pack_back(
+    engine: Engine, tiny_base: Base, make_function: Function, prompt_of: Prompt
+) -> None:
+    function = make_function(tiny_base, 1)
+    before = run_out_one(engine, Request("a", prompt_of(1), function, GREEDY))
+    while engine.residency(function.digest) != "compact":
+        time.sleep(0.005)
+    engine.forget(function.digest)
+    assert engine.residency(function.digest) == "none"
+    assert engine.stats().compact_pack_bytes == 0
+    assert run_out_one(engine, Request("b", prompt_of(1), function, GREEDY)) == before

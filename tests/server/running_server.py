@@ -194,6 +194,7 @@ class ScriptedEngine:
     requests: list[Request] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)  # ids of requests whose iterator was closed or ended
     installed: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
@@ -205,6 +206,9 @@ class ScriptedEngine:
 
     def install(self, function: PersonaFunction) -> None:
         self.installed.append(function.digest)
+
+    def forget(self, digest: str) -> None:
+        self.forgotten.append(digest)
 
     def residency(self, digest: str) -> str:
         return "dense"
