@@ -46,7 +46,8 @@ def test_an_error_keeps_its_attributes_and_sentence_through_pickling(error: Masq
 
 def test_the_list_above_holds_every_leaf() -> None:
     tree = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, MasqueradeError)]
-    leaves = {cls for cls in tree if not cls.__subclasses__()}
+    # Leaves of this module's tree: what another package adds below one of them does not count.
+    leaves = {cls for cls in tree if not any(below in tree for below in cls.__subclasses__())}
     assert {type(error) for error in EVERY} == leaves
 
 
