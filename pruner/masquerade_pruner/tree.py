@@ -116,7 +116,7 @@ class TreeContext:
         self._tree = tree
         self._mask = mask
         self._watch = watch
-        self._folded_bias: dict[int, torch.Tensor] = {}
+        self._folded_bias: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(
         self,
@@ -129,23 +129,35 @@ class TreeContext:
         sliding_window: int | None,
     ) -> torch.Tensor:
         tree = self._tree
-        if sliding_window is not None and int(tree.positions.max()) >= sliding_window:
-            raise NotImplementedError("sculpting runs within the sliding window; shorten the persona or its turns")
         prefix = F.scaled_dot_product_attention(
             query[:, :, : tree.num_prefix],
             key[:, :, : tree.num_prefix],
             value[:, :, : tree.num_prefix],
-            is_causal=True,
+            attn_mask=self._prefix_mask(sliding_window),
+            is_causal=sliding_window is None,
             scale=scaling,
             enable_gqa=True,
         )
-        branches = [
-            self._attend_group(number, query[0], key[0], value[0], scaling) for number in range(len(tree.groups))
-        ]
+        row = (query[0], key[0], value[0])
+        branches = [self._attend_group(number, *row, scaling, sliding_window) for number in range(len(tree.groups))]
         return torch.cat([prefix[0].transpose(0, 1), *branches])[None]  # [1, num_tokens, heads, head_dim]
 
+    def _prefix_mask(self, window: int | None) -> torch.Tensor | None:
+        """`[num_prefix, num_prefix]`, True where seen; None where plain causal attention is meant."""
+        if window is None:
+            return None
+        position = torch.arange(self._tree.num_prefix, device=self._tree.token_ids.device)
+        behind = position[:, None] - position
+        return (behind >= 0) & (behind < window)
+
     def _attend_group(
-        self, number: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+        self,
+        number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        window: int | None,
     ) -> torch.Tensor:
         """`[heads, num_tokens, head_dim]` each to `[tokens of the group, heads, head_dim]`."""
         group = self._tree.groups[number]
@@ -160,7 +172,7 @@ class TreeContext:
             folded,
             self._seen(key, group),
             self._seen(value, group),
-            attn_mask=self._bias(number, share),
+            attn_mask=self._bias(number, share, window),
             scale=scaling,
         )
         unfolded = attended.view(num_branches, kv_heads, share, longest, head_dim).permute(0, 3, 1, 2, 4)
@@ -174,11 +186,17 @@ class TreeContext:
         prefix = states[None, :, : self._tree.num_prefix].expand(num_branches, -1, -1, -1)
         return torch.cat([prefix, own], dim=2)
 
-    def _bias(self, number: int, share: int) -> torch.Tensor:
+    def _bias(self, number: int, share: int, window: int | None) -> torch.Tensor:
         """The group's bias, once for each of the `share` query heads folded into the query length."""
-        if number not in self._folded_bias:
-            self._folded_bias[number] = self._tree.groups[number].bias.repeat(1, 1, share, 1)
-        return self._folded_bias[number]
+        if (number, window) not in self._folded_bias:
+            bias = self._tree.groups[number].bias
+            if window is not None:
+                query = self._tree.num_prefix + torch.arange(bias.shape[2], device=bias.device)
+                key = torch.arange(bias.shape[3], device=bias.device)
+                # A token always sees itself, so no row is left without a key.
+                bias = bias.masked_fill(query[:, None] - key >= window, float("-inf"))
+            self._folded_bias[number, window] = bias.repeat(1, 1, share, 1)
+        return self._folded_bias[number, window]
 
     def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
         activations = module.activations(hidden)

@@ -17,11 +17,19 @@ from masquerade_pruner.tree import TreeContext, common_prefix, head_weight, plan
 MakeExamples = Callable[..., list[Example]]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [("llama", {}), ("mistral", {}), ("mistral", {"sliding_window": 12}), ("qwen2", {}), ("qwen3", {})],
+)
 def test_branches_match_the_reference_alone(
-    make_tiny_base: Callable[..., Path], make_examples: MakeExamples, tmp_path: Path, model_type: str
+    make_tiny_base: Callable[..., Path],
+    make_examples: MakeExamples,
+    tmp_path: Path,
+    model_type: str,
+    config: dict[str, int],
 ) -> None:
-    base = load_base(str(make_tiny_base(tmp_path / "base", model_type)), cache_dir=tmp_path, dtype="fp32", device="cpu")
+    directory = make_tiny_base(tmp_path / "base", model_type, **config)
+    base = load_base(str(directory), cache_dir=tmp_path, dtype="fp32", device="cpu")
     model = base.build_model()
     mask = (torch.rand(base.shape.num_layers, base.shape.intermediate_size) < 0.6).float()
     examples = make_examples(9)
