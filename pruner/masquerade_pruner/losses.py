@@ -8,28 +8,18 @@ from torch.nn import functional as F
 ROWS = 128  # rows of logits at a time: 128 x 49152 fp32 is 25 MB, which glibc recycles instead of mapping anew
 
 
-class _ChunkedKL(torch.autograd.Function):
-    """Mean over weighted rows of KL(teacher ‖ student); the gradient of the student's states is made in forward."""
+class _Precomputed(torch.autograd.Function):
+    """A loss whose gradient in `student` was made with it, while each chunk's logits were at hand."""
 
     @staticmethod
-    def forward(ctx, student, teacher, head, weights):  # type: ignore[no-untyped-def]
-        grad = torch.empty_like(student)
-        total = torch.zeros((), dtype=torch.float32)
-        for start in range(0, student.shape[0], ROWS):
-            rows = slice(start, start + ROWS)
-            target = F.linear(teacher[rows], head).float().log_softmax(-1)
-            predicted = F.linear(student[rows], head).float().log_softmax(-1)
-            probabilities = target.exp()
-            total += ((probabilities * (target - predicted)).sum(-1) * weights[rows]).sum().cpu()
-            difference = predicted.exp_().sub_(probabilities).mul_(weights[rows, None])
-            grad[rows] = difference.to(head.dtype) @ head
+    def forward(ctx, student, loss, grad):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(grad)
-        return total
+        return loss.clone()
 
     @staticmethod
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None
+        return grad * upstream.to(grad.dtype), None, None
 
 
 def chunked_kl(
@@ -39,29 +29,18 @@ def chunked_kl(
     weights: torch.Tensor,  # [rows] fp32, summing to 1
 ) -> torch.Tensor:
     """Weighted sum of per-token KL(teacher ‖ student) in nats, differentiable in `student`."""
-    loss: torch.Tensor = _ChunkedKL.apply(student, teacher, head, weights)  # type: ignore[no-untyped-call]
-    return loss
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, head, targets, weights):  # type: ignore[no-untyped-def]
-        grad = torch.empty_like(student)
-        total = torch.zeros((), dtype=torch.float32)
+    grad, total = torch.empty_like(student), torch.zeros(())
+    with torch.no_grad():
         for start in range(0, student.shape[0], ROWS):
             rows = slice(start, start + ROWS)
+            target = F.linear(teacher[rows], head).float().log_softmax(-1)
             predicted = F.linear(student[rows], head).float().log_softmax(-1)
-            total -= (predicted.gather(1, targets[rows, None]).squeeze(1) * weights[rows]).sum().cpu()
-            difference = predicted.exp_()
-            difference.scatter_add_(1, targets[rows, None], torch.full_like(difference[:, :1], -1.0))
-            grad[rows] = difference.mul_(weights[rows, None]).to(head.dtype) @ head
-        ctx.save_for_backward(grad)
-        return total
-
-    @staticmethod
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype), None, None, None
+            probabilities = target.exp()
+            total += ((probabilities * (target - predicted)).sum(-1) * weights[rows]).sum().cpu()
+            difference = predicted.exp_().sub_(probabilities).mul_(weights[rows, None])
+            grad[rows] = difference.to(head.dtype) @ head
+    loss: torch.Tensor = _Precomputed.apply(student, total, grad)  # type: ignore[no-untyped-call]
+    return loss
 
 
 def chunked_cross_entropy(
@@ -71,7 +50,16 @@ def chunked_cross_entropy(
     weights: torch.Tensor,  # [rows] fp32, summing to 1
 ) -> torch.Tensor:
     """Weighted sum of -log p(target) in nats, differentiable in `student`."""
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(student, head, targets, weights)  # type: ignore[no-untyped-call]
+    grad, total = torch.empty_like(student), torch.zeros(())
+    with torch.no_grad():
+        for start in range(0, student.shape[0], ROWS):
+            rows = slice(start, start + ROWS)
+            predicted = F.linear(student[rows], head).float().log_softmax(-1)
+            total -= (predicted.gather(1, targets[rows, None]).squeeze(1) * weights[rows]).sum().cpu()
+            difference = predicted.exp_()
+            difference.scatter_add_(1, targets[rows, None], torch.full_like(difference[:, :1], -1.0))
+            grad[rows] = difference.mul_(weights[rows, None]).to(head.dtype) @ head
+    loss: torch.Tensor = _Precomputed.apply(student, total, grad)  # type: ignore[no-untyped-call]
     return loss
 
 
