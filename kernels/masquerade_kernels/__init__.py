@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from masquerade_kernels.coefficients import CoefficientTable
     from masquerade_kernels.linear import PackedLinear
-    from masquerade_kernels.packs import FFNLayer, FFNWeights, LayerPack, Pack, compact_pack, dense_pack
+    from masquerade_kernels.packs import (
+        FFNLayer,
+        FFNWeights,
+        LayerPack,
+        Pack,
+        PackFormat,
+        compact_pack,
+        dense_pack,
+        member_pack,
+    )
     from masquerade_kernels.persona_ffn import FFNSegment, run_persona_ffn
-    from masquerade_kernels.planner import Run, Segment, plan_step
+    from masquerade_kernels.planner import PackFacts, RowCosts, Run, Segment, plan_step
     from masquerade_kernels.reference import persona_ffn_reference
+    from masquerade_kernels.rows import RowOps, row_ops
 
 __all__ = [
     "CoefficientTable",
@@ -23,13 +33,19 @@ __all__ = [
     "FFNWeights",
     "LayerPack",
     "Pack",
+    "PackFacts",
+    "PackFormat",
     "PackedLinear",
+    "RowCosts",
+    "RowOps",
     "Run",
     "Segment",
     "compact_pack",
     "dense_pack",
+    "member_pack",
     "persona_ffn_reference",
     "plan_step",
+    "row_ops",
     "run_persona_ffn",
 ]
 
@@ -40,13 +56,19 @@ _MODULES = {
     "FFNWeights": "packs",
     "LayerPack": "packs",
     "Pack": "packs",
+    "PackFacts": "planner",
+    "PackFormat": "packs",
     "PackedLinear": "linear",
+    "RowCosts": "planner",
+    "RowOps": "rows",
     "Run": "planner",
     "Segment": "planner",
     "compact_pack": "packs",
     "dense_pack": "packs",
+    "member_pack": "packs",
     "persona_ffn_reference": "reference",
     "plan_step": "planner",
+    "row_ops": "rows",
     "run_persona_ffn": "persona_ffn",
 }
 

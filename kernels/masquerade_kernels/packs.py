@@ -1,15 +1,19 @@
-"""Packs: the FFN rows of a sorted set of neurons, laid out for the device."""
+"""Packs: the FFN rows of a sorted set of neurons, laid out for the device, with the coefficients of its personas."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from masquerade_kernels.linear import PackedLinear
+from masquerade_kernels.linear import Linear, pack_linear
 from masquerade_masks import SubNetwork
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,22 +42,39 @@ class FFNWeights(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class PackFormat:
+    """How a pack's weights are held."""
+
+    dtype: torch.dtype
+    device: torch.device
+    int8: bool = False
+
+    def linear(self, weight: torch.Tensor) -> Linear:
+        """`weight` `[out_features, in_features]`, laid out."""
+        return pack_linear(weight.to(self.device, self.dtype), int8=self.int8)
+
+    @property
+    def bytes_per_weight(self) -> int:
+        return 1 if self.int8 else self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class LayerPack:
     """One layer over the pack's neurons U."""
 
-    gate_up: PackedLinear  # hidden -> 2 |U|: the gates first
-    down: PackedLinear  # |U| -> hidden
-    gain: torch.Tensor | None = None  # float32 [|U|], of the one persona of a compact pack
-    bias: torch.Tensor | None = None  # float32 [hidden], the same persona's
+    gate_up: Linear  # hidden -> 2 |U|: the gates first
+    down: Linear  # |U| -> hidden
+    coefficients: torch.Tensor | None = None  # float32 [num_members, |U|]; None: all of them 1
+    biases: torch.Tensor | None = None  # float32 [num_members, hidden]
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """All layers over the neurons U of one persona (compact), or over every neuron (dense)."""
+    """All layers over the neurons U of one persona (compact), of several (cast), or over every neuron (dense)."""
 
-    digest: str | None  # the one persona of a compact pack; None: dense
-    neurons: torch.Tensor | None  # int32 [num_layers, |U|], ascending; None: all of them
     layers: tuple[LayerPack, ...]
+    members: tuple[str, ...] | None  # digests, in the order of the coefficients' rows; None: dense, and for anyone
+    fraction: float  # |U| over all neurons, the mean over layers
 
     @property
     def num_bytes(self) -> int:
@@ -61,43 +82,90 @@ class Pack:
         return sum(layer.gate_up.num_bytes + layer.down.num_bytes for layer in self.layers)
 
 
-def dense_pack(weights: FFNWeights) -> Pack:
-    """The base itself, in the dtype and on the device that the weights have."""
-    return Pack(None, None, tuple(_layer_pack(layer) for layer in weights.layers()))
+def dense_pack(weights: FFNWeights, form: PackFormat) -> Pack:
+    """The base itself."""
+    return Pack(tuple(_layer_pack(layer, form) for layer in weights.layers()), None, 1.0)
 
 
 def compact_pack(
     weights: FFNWeights,
     subnetwork: SubNetwork,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
+    form: PackFormat,
+    between_layers: Callable[[], None] = lambda: None,
 ) -> Pack:
     """One persona's kept neurons, copied out of the base. Gains stay beside the weights, in float32."""
-    neurons = torch.from_numpy(subnetwork.mask.kept_indices().copy())  # int32 [num_layers, kept]
-    gains = None if subnetwork.gain is None else torch.from_numpy(subnetwork.gain.copy()).float().to(device)
-    biases = subnetwork.biases()
-    bias_rows = None if biases is None else torch.from_numpy(biases).to(device)
+    return member_pack(weights, [subnetwork], form, between_layers)
+
+
+def member_pack(
+    weights: FFNWeights,
+    members: Sequence[SubNetwork],
+    form: PackFormat,
+    between_layers: Callable[[], None] = lambda: None,
+) -> Pack:
+    """The union of the members' masks, copied out of the base: of one member its compact pack, else a cast's.
+
+    `between_layers` is called after each, for those who want to make way or give up (what it raises passes through).
+    """
+    unions = union_neurons(members)
+    scales = [member.coefficients() for member in members]
+    biases = [member.biases() for member in members]
     layers = []
     for index, layer in enumerate(weights.layers()):
-        kept = layer.select(neurons[index].long().to(layer.gate.device))
-        converted = FFNLayer(*(part.to(device, dtype) for part in (kept.gate, kept.up, kept.down)))
+        neurons = unions[index]
+        kept = layer.select(torch.from_numpy(neurons).to(layer.gate.device))
+        coefficients = np.stack([scale[index][neurons] for scale in scales])
         layers.append(
             _layer_pack(
-                converted,
-                gain=None if gains is None else gains[index],
-                bias=None if bias_rows is None else bias_rows[index],
+                kept,
+                form,
+                None if (coefficients == 1.0).all() else torch.from_numpy(coefficients).to(form.device),
+                _bias_rows(biases, index, form),
             )
         )
-    return Pack(subnetwork.digest, neurons, tuple(layers))
+        between_layers()
+    return Pack(tuple(layers), tuple(member.digest for member in members), _fraction(unions, members[0]))
 
 
-def compact_bytes(subnetwork: SubNetwork, dtype: torch.dtype) -> int:
-    """What `compact_pack` will hold: three matrices of `[kept, hidden]` a layer."""
-    shape = subnetwork.shape
-    return 3 * shape.num_layers * subnetwork.mask.kept * shape.hidden_size * dtype.itemsize
+def union_neurons(members: Sequence[SubNetwork]) -> list[npt.NDArray[np.int64]]:
+    """The neurons that any member keeps, ascending: int64 `[|U|]` a layer."""
+    union = np.bitwise_or.reduce([member.mask.bits for member in members])
+    flags = np.unpackbits(union, axis=1, bitorder="little", count=members[0].shape.intermediate_size)
+    return [np.flatnonzero(layer).astype(np.int64) for layer in flags]
 
 
-def _layer_pack(layer: FFNLayer, *, gain: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> LayerPack:
-    gate_up = PackedLinear(torch.cat([layer.gate, layer.up]))
-    return LayerPack(gate_up, PackedLinear(layer.down), gain, bias)
+def pack_bytes(members: Sequence[SubNetwork], form: PackFormat) -> int:
+    """What `member_pack` will hold: three matrices of `[|U|, hidden]` and the coefficients, a layer."""
+    num_neurons = sum(len(layer) for layer in union_neurons(members))
+    coefficients = 4 * len(members) if len(members) > 1 or members[0].gain is not None else 0
+    return num_neurons * (3 * members[0].shape.hidden_size * form.bytes_per_weight + coefficients)
+
+
+def union_fraction(members: Sequence[SubNetwork]) -> float:
+    """The share of all neurons that the members' union takes."""
+    return _fraction(union_neurons(members), members[0])
+
+
+def _bias_rows(biases: Sequence[FloatArray | None], layer: int, form: PackFormat) -> torch.Tensor | None:
+    """Float32 `[num_members, hidden]`, zeros for members without; None where no member has any."""
+    rows = {index: bias[layer] for index, bias in enumerate(biases) if bias is not None}
+    if not rows:
+        return None
+    table = np.zeros((len(biases), *next(iter(rows.values())).shape), np.float32)
+    for index, row in rows.items():
+        table[index] = row
+    return torch.from_numpy(table).to(form.device)
+
+
+def _fraction(unions: Sequence[npt.NDArray[np.int64]], member: SubNetwork) -> float:
+    return sum(len(layer) for layer in unions) / (member.shape.num_layers * member.shape.intermediate_size)
+
+
+def _layer_pack(
+    layer: FFNLayer,
+    form: PackFormat,
+    coefficients: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
+) -> LayerPack:
+    gate_up = form.linear(torch.cat([layer.gate, layer.up]))
+    return LayerPack(gate_up, form.linear(layer.down), coefficients, biases)

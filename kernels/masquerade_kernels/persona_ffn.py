@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
 from masquerade_kernels.coefficients import CoefficientTable
-from masquerade_kernels.packs import LayerPack, Pack
+from masquerade_kernels.packs import Pack
+from masquerade_kernels.rows import RowOps
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,41 +19,41 @@ class FFNSegment:
     start: int
     stop: int
     pack: Pack
-    table_rows: torch.Tensor | None = None  # int64 [stop - start], dense only; None: all of them the base
-    digests: frozenset[str] = frozenset()  # the personas among `table_rows`
+    personas: torch.Tensor | None = None  # int64 [stop - start]: each row's row of the coefficients; None: all 1
+    table: CoefficientTable | None = None  # whose rows these are; None: the pack's own
+    digests: frozenset[str] = frozenset()  # the personas among them, where they are the table's
+
+    def coefficients(self, layer: int) -> torch.Tensor | None:
+        """Float32 `[num_personas, |U|]`; None: all of them 1."""
+        if self.personas is None:
+            return None
+        return self.pack.layers[layer].coefficients if self.table is None else self.table.scales(layer)
+
+    def biases(self, layer: int) -> torch.Tensor | None:
+        """Float32 `[num_personas, hidden]`; None where nobody has any."""
+        if self.personas is None:
+            return None
+        return self.pack.layers[layer].biases if self.table is None else self.table.biases(layer, self.digests)
 
 
 def run_persona_ffn(
     hidden: torch.Tensor,  # [num_tokens, hidden]
     layer: int,
     segments: Sequence[FFNSegment],  # cover all rows, in order
-    table: CoefficientTable,
+    rows: RowOps,
 ) -> torch.Tensor:
     """`[num_tokens, hidden]`: every row through its segment's pack under its own persona's coefficients."""
-    outputs = [_run_segment(hidden[segment.start : segment.stop], layer, segment, table) for segment in segments]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if len(segments) == 1:
+        return _run_segment(hidden, layer, segments[0], rows)
+    return torch.cat([_run_segment(hidden[segment.start : segment.stop], layer, segment, rows) for segment in segments])
 
 
-def _run_segment(hidden: torch.Tensor, layer: int, segment: FFNSegment, table: CoefficientTable) -> torch.Tensor:
+def _run_segment(hidden: torch.Tensor, layer: int, segment: FFNSegment, rows: RowOps) -> torch.Tensor:
     pack = segment.pack.layers[layer]
-    activations = _activations(pack, hidden)
-    rows = segment.table_rows
-    # In-place, the product of bf16 and float32 is taken in float32 and rounded once.
-    if rows is not None:
-        activations.mul_(table.scales(layer).index_select(0, rows))
-    elif pack.gain is not None:
-        activations.mul_(pack.gain)
+    activations = rows.swiglu(pack.gate_up(hidden), segment.coefficients(layer), segment.personas)
     output: torch.Tensor = pack.down(activations)
-    if rows is not None:
-        biases = table.biases(layer, segment.digests)
-        if biases is not None:
-            output.add_(biases.index_select(0, rows))
-    elif pack.bias is not None:
-        output.add_(pack.bias)
+    biases = segment.biases(layer)
+    if biases is not None:
+        assert segment.personas is not None
+        output.add_(biases.index_select(0, segment.personas))
     return output
-
-
-def _activations(pack: LayerPack, hidden: torch.Tensor) -> torch.Tensor:
-    """`silu(x W_gateᵀ) ⊙ (x W_upᵀ)` over the pack's neurons, `[num_tokens, |U|]`."""
-    gate, up = pack.gate_up(hidden).chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)

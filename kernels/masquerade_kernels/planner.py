@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Container, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-
-# Rows of one persona from which their own compact pack beats riding the decode's dense pack: a second pack is a second
-# read of weights, which short chunks do not earn back. Per layer of 1536 neurons of 576 at 25 % sparsity, bf16, beside
-# 16 decoding rows, one thread (benchmarks/planner_thresholds.py): 32 rows ride in 0.45 ms and take 0.58 on their own
-# pack, 64 in 0.94 and 0.91, 128 in 3.1 and 2.5; at 50 % the own pack wins from 16 rows (0.85 and 0.59).
-MIN_COMPACT_ROWS = 64
+from itertools import groupby
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,44 +14,126 @@ class Run:
 
     persona: str | None  # digest; None: the base
     num_tokens: int
+    pinned: bool = False  # to the dense pack, whatever it costs: the request asked to be reproducible
+
+
+@dataclass(frozen=True, slots=True)
+class PackFacts:
+    """What the planner knows of a resident pack; the dense one is always there and needs none."""
+
+    members: frozenset[str]  # digests it computes for
+    fraction: float  # of the FFN's neurons
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Runs, by their index in the step, that go through one pack together."""
 
-    pack: str | None  # digest of a compact pack; None: dense
+    pack: str | None  # None: dense
     runs: tuple[int, ...]
 
 
-def plan_step(
-    runs: Sequence[Run],
-    resident: Container[str],
-    *,
-    min_compact_rows: int = MIN_COMPACT_ROWS,
-) -> tuple[Segment, ...]:
-    """The cheapest cover of a step by resident packs; the dense segment, if any, comes first.
+@dataclass(frozen=True, slots=True)
+class RowCosts:
+    """What a dense layer's FFN takes for a number of rows on this device, measured at a few and read between them.
 
-    A step of one persona with a resident compact pack runs on that alone. Otherwise a persona whose prefill chunks
-    (runs of more than one token) together reach `min_compact_rows` runs those on its compact pack, and all else rides
-    the dense pack. Order within a segment is the order given.
+    A pack of a share of the neurons takes that share of it, and every segment `per_segment` beside: the fixed part of
+    three calls and of putting the rows together again.
     """
-    only = runs[0].persona if len({run.persona for run in runs}) == 1 else None
-    if only is not None and only in resident:
-        return (Segment(only, tuple(range(len(runs)))),)
-    rows: Counter[str] = Counter()
-    for run in runs:
-        if run.persona is not None and run.num_tokens > 1:
-            rows[run.persona] += run.num_tokens
-    compact = [persona for persona, n in rows.items() if n >= min_compact_rows and persona in resident]
-    segments = [Segment(None, _runs_outside(runs, compact))]
-    segments += [Segment(persona, _chunks_of(runs, persona)) for persona in compact]
-    return tuple(segment for segment in segments if segment.runs)
+
+    points: tuple[tuple[int, float], ...]  # (rows, microseconds), ascending
+    per_segment: float = 0.0  # microseconds
+
+    def __call__(self, num_rows: int) -> float:
+        """Microseconds, linear between the points and beyond the last."""
+        if num_rows == 0:
+            return 0.0
+        rows = [point[0] for point in self.points]
+        at = min(max(bisect_right(rows, num_rows), 1), len(rows) - 1)
+        (low, low_us), (high, high_us) = self.points[at - 1], self.points[at]
+        return low_us + (high_us - low_us) * max(0, num_rows - low) / (high - low)
 
 
-def _runs_outside(runs: Sequence[Run], compact: Sequence[str]) -> tuple[int, ...]:
-    return tuple(i for i, run in enumerate(runs) if run.num_tokens == 1 or run.persona not in compact)
+# Two threads of an AVX512-BF16 machine, a layer of 1,536 neurons of 576 in bf16 (benchmarks/planner_thresholds.py).
+DEFAULT_COSTS = RowCosts(((1, 190.0), (16, 260.0), (32, 340.0), (64, 560.0), (128, 1050.0), (512, 4000.0)), 15.0)
 
 
-def _chunks_of(runs: Sequence[Run], persona: str) -> tuple[int, ...]:
-    return tuple(i for i, run in enumerate(runs) if run.num_tokens > 1 and run.persona == persona)
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """Runs that move between packs together: one persona's decoding rows, or its prompt chunks."""
+
+    persona: str | None
+    runs: tuple[int, ...]
+    num_rows: int
+
+
+def plan_step(
+    runs: Sequence[Run], resident: Mapping[str, PackFacts], costs: RowCosts = DEFAULT_COSTS
+) -> tuple[Segment, ...]:
+    """The cheapest cover of a step by resident packs that a greedy search finds; the dense segment, if any, is first.
+
+    It starts with everything on the smallest pack that covers it all (the dense one, if no other does), or with each
+    persona on the smallest of its own, whichever is cheaper. Then, as long as it lowers the step's cost, everything
+    that some pack covers (or only its prompt chunks) moves there. Within a segment runs stay in the order given.
+    """
+    items = _items(runs)
+    chunks = frozenset(i for i, item in enumerate(items) if any(runs[run].num_tokens > 1 for run in item.runs))
+    useful = [key for key in resident if any(item.persona in resident[key].members for item in items)]
+    together: list[str | None] = [_smallest_cover(items, resident)] * len(items)
+    apart = [_smallest_cover([item], resident) for item in items]
+    placed = min((together, apart), key=lambda placed: _cost(items, placed, resident, costs))
+    cost = _cost(items, placed, resident, costs)
+    while True:
+        best, best_cost = placed, cost
+        for key in useful:
+            covered = [i for i, item in enumerate(items) if item.persona in resident[key].members]
+            for movers in (covered, [i for i in covered if i in chunks]):
+                trial = list(placed)
+                for i in movers:
+                    trial[i] = key
+                if trial != placed:
+                    trial_cost = _cost(items, trial, resident, costs)
+                    if trial_cost < best_cost:
+                        best, best_cost = trial, trial_cost
+        if best is placed:
+            return _segments(items, placed)
+        placed, cost = best, best_cost
+
+
+def _items(runs: Sequence[Run]) -> list[_Item]:
+    """Items by persona and kind; a pinned run counts as the base's, which only the dense pack covers."""
+
+    def owner(index: int) -> tuple[str, bool]:
+        run = runs[index]
+        return "" if run.pinned or run.persona is None else run.persona, run.num_tokens > 1
+
+    items = []
+    for (persona, _), group in groupby(sorted(range(len(runs)), key=owner), key=owner):
+        indices = tuple(group)
+        items.append(_Item(persona or None, indices, sum(runs[index].num_tokens for index in indices)))
+    return items
+
+
+def _smallest_cover(items: Iterable[_Item], resident: Mapping[str, PackFacts]) -> str | None:
+    personas = {item.persona for item in items}
+    covers = [key for key, pack in resident.items() if personas <= pack.members]
+    return min(covers, key=lambda key: resident[key].fraction, default=None)
+
+
+def _cost(
+    items: Sequence[_Item], placed: Sequence[str | None], resident: Mapping[str, PackFacts], costs: RowCosts
+) -> float:
+    rows: dict[str | None, int] = {}
+    for item, key in zip(items, placed, strict=True):
+        rows[key] = rows.get(key, 0) + item.num_rows
+    return sum(
+        costs.per_segment + (1.0 if key is None else resident[key].fraction) * costs(num_rows)
+        for key, num_rows in rows.items()
+    )
+
+
+def _segments(items: Sequence[_Item], placed: Sequence[str | None]) -> tuple[Segment, ...]:
+    runs: dict[str | None, list[int]] = {}
+    for item, key in zip(items, placed, strict=True):
+        runs.setdefault(key, []).extend(item.runs)
+    return tuple(Segment(key, tuple(sorted(runs[key]))) for key in sorted(runs, key=lambda key: (key is not None, key)))

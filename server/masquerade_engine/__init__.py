@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Request,
         SamplingParams,
         TokenOutput,
+        Warmed,
     )
     from masquerade_engine.settings import EngineSettings, EngineStats
 
@@ -34,6 +35,7 @@ __all__ = [
     "Request",
     "SamplingParams",
     "TokenOutput",
+    "Warmed",
     "load_base",
     "persona_system_prompt",
     "prompt_sha256",
@@ -52,6 +54,7 @@ _MODULES = {
     "Request": "requests",
     "SamplingParams": "requests",
     "TokenOutput": "requests",
+    "Warmed": "requests",
     "load_base": "base",
     "persona_system_prompt": "prompt",
     "prompt_sha256": "prompt",

@@ -8,12 +8,13 @@ import queue
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from itertools import count
 from types import TracebackType
 from typing import Self
 
 from masquerade_engine.base import Base
 from masquerade_engine.engine import Engine
-from masquerade_engine.requests import PersonaFunction, Request, TokenOutput
+from masquerade_engine.requests import PersonaFunction, Request, TokenOutput, Warmed, warm_request
 from masquerade_engine.settings import EngineSettings, EngineStats
 from masquerade_masks import EngineStopped
 
@@ -57,6 +58,7 @@ class AsyncEngine:
         self._commands: queue.SimpleQueue[_Add | _Cancel | _Stop] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # the thread's own, by request id
         self._num_active = 0  # the loop's own: generations that are being consumed
+        self._warm_numbers = count()
         self._stopped: EngineStopped | None = EngineStopped("it was not started")
 
     async def __aenter__(self) -> Self:
@@ -82,7 +84,7 @@ class AsyncEngine:
         A step that fails ends its requests with the reason `error`.
         """
         stream = _Stream(request)
-        self._num_active += 1
+        self._num_active += not request.prefill_only
         finished = False
         try:
             self._commands.put(_Add(stream))
@@ -96,9 +98,20 @@ class AsyncEngine:
                 finished = news.finish_reason is not None
                 yield news
         finally:
-            self._num_active -= 1
+            self._num_active -= not request.prefill_only
             if not finished:
                 self._commands.put(_Cancel(stream))
+
+    async def warm(self, function: PersonaFunction, prompt: tuple[int, ...], *, pin: bool = False) -> Warmed:
+        """Install a function and compute a prompt into the prefix cache, behind every chat; returns once it is there.
+
+        Cancelling it stops the work. See `Engine.warm`; raises `EngineStopped` where the computation fails as well.
+        """
+        request = warm_request(f"warm-{next(self._warm_numbers)}", function, prompt, pin=pin)
+        *_, last = [output async for output in self.generate(request)]
+        if last.finish_reason != "length":
+            raise EngineStopped("a step failed while it warmed a prompt; the log says more")
+        return Warmed(last.num_prompt_tokens, last.num_cached_tokens)
 
     def install(self, function: PersonaFunction) -> None:
         """See `Engine.install`. Returns at once."""

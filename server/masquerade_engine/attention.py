@@ -1,4 +1,7 @@
-"""Attention of one ragged step over KV slots: decoding rows in batches, each prompt chunk by itself."""
+"""Attention of one ragged step over KV slots in plain torch, for any device.
+
+Decoding rows attend in batches, each prompt chunk by itself.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
+from masquerade_engine.decoder import AttentionShape, RotaryTable
 from masquerade_engine.kv_cache import KVCache
+from masquerade_kernels.rows import Norm, TorchRows
 
 # What one more attention call costs, in keys read: 70 us against 0.055 us a key (bf16, 3 KV heads of 64, 2 threads).
 _TILE_COST = 1024
-# Keys (rows x length) from which two batched products beat scaled_dot_product_attention for one query a row: 32 x 264
-# took 0.48 ms against 0.92, 16 x 264 0.28 against 0.43, 4 x 264 0.10 against 0.08 (bf16, 9 heads on 3, 2 threads).
-_MIN_BMM_KEYS = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,50 +65,50 @@ def decode_tiles(spans: Sequence[Span], tile_cost: int = _TILE_COST) -> list[Til
 @dataclass(slots=True)
 class _PreparedTile:
     tile: Tile
-    row: int  # the first span's
+    rows: torch.Tensor  # int64 [num_spans]
     gather: torch.Tensor | None  # int64 [hi - lo], row of each slot within the tile's; None: no holes
     scatter: torch.Tensor | None  # int64 [num_spans], slot of each row within the tile's
     masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = field(default_factory=dict)
 
 
-class RaggedAttention:
-    """The attention of one step. Rows are decoding spans by ascending slot, then prompt chunks."""
+class TorchAttention:
+    """Spans of one token are decoding rows, wherever they stand; longer ones are prompt chunks."""
 
-    def __init__(self, kv: KVCache, spans: Sequence[Span], device: torch.device) -> None:
+    def __init__(self, kv: KVCache, rotary: RotaryTable, spans: Sequence[Span], device: torch.device) -> None:
         self._kv = kv
         self._device = device
-        decoding = [span for span in spans if span.num_tokens == 1]
-        self._num_decoding = len(decoding)
+        decoding = sorted((span for span in spans if span.num_tokens == 1), key=lambda span: span.slot)
         self._tiles = [self._prepare(tile) for tile in decode_tiles(decoding)]
         self._chunks = [span for span in spans if span.num_tokens > 1]
         self._chunk_masks: dict[tuple[Span, int | None], torch.Tensor | None] = {}
         slots = [span.slot for span in spans for _ in range(span.num_tokens)]
         positions = [span.start + i for span in spans for i in range(span.num_tokens)]
         self._rows = kv.rows(slots, positions)
+        at = torch.tensor(positions, device=device)
+        self._cos, self._sin = rotary.cos[at][:, None], rotary.sin[at][:, None]  # [num_rows, 1, head_dim / 2]
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,  # [1, heads, num_rows, head_dim]
-        key: torch.Tensor,  # [1, kv_heads, num_rows, head_dim]
-        value: torch.Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-    ) -> torch.Tensor:
-        """`[1, num_rows, heads, head_dim]`; keys and values are written to their slots first."""
-        self._kv.write(layer, self._rows, key[0], value[0])
-        heads, num_rows, head_dim = query.shape[1:]
-        grouped = query[0].view(key.shape[1], -1, num_rows, head_dim)  # [kv_heads, group, num_rows, head_dim]
-        attended = query.new_empty(num_rows, heads, head_dim)
+    def attend(self, layer: int, shape: AttentionShape, qkv: torch.Tensor) -> torch.Tensor:
+        heads = qkv.view(len(qkv), -1, shape.head_dim)
+        query, key, value = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        query = self._rotated(_normed(query, shape.query_norm)).transpose(0, 1)  # [heads, num_rows, head_dim]
+        key = self._rotated(_normed(key, shape.key_norm)).transpose(0, 1)
+        self._kv.write(layer, self._rows, key, value.transpose(0, 1))
+        grouped = query.view(shape.num_kv_heads, -1, *query.shape[1:])  # [kv_heads, group, num_rows, head_dim]
+        attended = qkv.new_empty(len(qkv), shape.num_heads, shape.head_dim)
         for tile in self._tiles:
-            rows = slice(tile.row, tile.row + len(tile.tile.spans))
-            attended[rows] = self._decode(layer, tile, grouped[:, :, rows], scaling, sliding_window)
+            query = grouped.index_select(2, tile.rows)
+            attended[tile.rows] = self._decode(layer, tile, query, shape.scaling, shape.window)
         for span in self._chunks:
             rows = slice(span.row, span.row + span.num_tokens)
-            chunk = self._prefill(layer, span, grouped[:, :, rows], scaling, sliding_window)
+            chunk = self._prefill(layer, span, grouped[:, :, rows], shape.scaling, shape.window)
             attended[rows] = chunk.flatten(0, 1).transpose(0, 1)
-        return attended.unsqueeze(0)
+        return attended.flatten(1)
+
+    def _rotated(self, heads: torch.Tensor) -> torch.Tensor:
+        """`[num_rows, num_heads, head_dim]`, rotated in float32."""
+        low, high = heads.float().chunk(2, dim=-1)
+        rotated = (low * self._cos - high * self._sin, high * self._cos + low * self._sin)
+        return torch.cat(rotated, dim=-1).to(heads.dtype)
 
     def _decode(
         self,
@@ -121,19 +123,13 @@ class RaggedAttention:
         query = query.permute(2, 0, 1, 3)  # [num_spans, kv_heads, group, head_dim]
         if prepared.gather is not None:
             query = query.index_select(0, prepared.gather)
-        keys = self._kv.keys[layer][tile.lo : tile.hi]
-        values = self._kv.values[layer][tile.lo : tile.hi]
-        if query.device.type == "cpu" and (tile.hi - tile.lo) * tile.num_keys >= _MIN_BMM_KEYS:
-            mask = self._decode_mask(prepared, window, torch.float32)
-            attended = _batched_products(query, keys, values, mask, scaling)
-        else:
-            attended = F.scaled_dot_product_attention(
-                query,
-                keys[:, :, : tile.num_keys],
-                values[:, :, : tile.num_keys],
-                attn_mask=self._decode_mask(prepared, window, query.dtype),
-                scale=scaling,
-            )
+        attended = F.scaled_dot_product_attention(
+            query,
+            self._kv.keys[layer][tile.lo : tile.hi, :, : tile.num_keys],
+            self._kv.values[layer][tile.lo : tile.hi, :, : tile.num_keys],
+            attn_mask=self._decode_mask(prepared, window, query.dtype),
+            scale=scaling,
+        )
         attended = attended.flatten(1, 2)
         return attended if prepared.scatter is None else attended.index_select(0, prepared.scatter)
 
@@ -160,7 +156,9 @@ class RaggedAttention:
         if len(at) < tile.hi - tile.lo:  # a hole computes some row again, and nobody reads it
             gather = torch.tensor([at.get(slot, 0) for slot in range(tile.lo, tile.hi)], device=self._device)
             scatter = torch.tensor([slot - tile.lo for slot in at], device=self._device)
-        return _PreparedTile(tile, tile.spans[0].row, gather, scatter)
+        return _PreparedTile(
+            tile, torch.tensor([span.row for span in tile.spans], device=self._device), gather, scatter
+        )
 
     def _decode_mask(self, prepared: _PreparedTile, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Additive `[hi - lo, 1, 1, num_keys]`; a hole sees its first key."""
@@ -181,37 +179,21 @@ class RaggedAttention:
     def _chunk_mask(self, span: Span, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """Additive `[num_tokens, num_keys]`; None where plain causal attention is meant."""
         if (span, window) not in self._chunk_masks:
-            self._chunk_masks[span, window] = self._made_chunk_mask(span, window, dtype)
+            self._chunk_masks[span, window] = causal_mask(span, window, dtype, self._device)
         return self._chunk_masks[span, window]
 
-    def _made_chunk_mask(self, span: Span, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        if span.start == 0 and (window is None or span.num_keys <= window):
-            return None
-        key = torch.arange(span.num_keys, device=self._device)
-        query = torch.arange(span.start, span.num_keys, device=self._device)[:, None]
-        hidden = key > query
-        if window is not None:
-            hidden |= key <= query - window
-        return torch.zeros(hidden.shape, dtype=dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+
+def causal_mask(span: Span, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """Additive `[num_tokens, num_keys]` for a prompt chunk; None where plain causal attention is meant."""
+    if span.start == 0 and (window is None or span.num_keys <= window):
+        return None
+    key = torch.arange(span.num_keys, device=device)
+    query = torch.arange(span.start, span.num_keys, device=device)[:, None]
+    hidden = key > query
+    if window is not None:
+        hidden |= key <= query - window
+    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
 
 
-def _batched_products(
-    query: torch.Tensor,  # [num_slots, kv_heads, group, head_dim]
-    keys: torch.Tensor,  # [num_slots, kv_heads, max_len, head_dim], contiguous
-    values: torch.Tensor,
-    mask: torch.Tensor,  # float32 [num_slots, 1, 1, num_keys]
-    scaling: float,
-) -> torch.Tensor:
-    """Attention as keys x query and weights x values: the order of operands that oneDNN runs fastest.
-
-    Twice as fast as `scaled_dot_product_attention` although `bmm` brings the strided tile into a buffer of its own. In
-    bf16 scores are rounded before the softmax: KL to float32 0.00109 a token, 0.00105 without (64 tokens, SmolLM2).
-    """
-    num_slots, kv_heads, group, _ = query.shape
-    num_keys = mask.shape[-1]
-    flat_keys = keys.flatten(0, 1)[:, :num_keys]  # views: a slot's heads are neighbours in memory
-    flat_values = values.flatten(0, 1)[:, :num_keys]
-    scores = torch.bmm(flat_keys, query.flatten(0, 1).transpose(1, 2))  # [slots * kv_heads, num_keys, group]
-    scores = scores.transpose(1, 2).contiguous().view(num_slots, kv_heads, group, num_keys)
-    weights = torch.add(mask, scores, alpha=scaling).softmax(dim=-1).to(values.dtype)
-    return torch.bmm(weights.flatten(0, 1), flat_values).view(query.shape)
+def _normed(heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    return heads if norm is None else TorchRows().norm(heads, norm)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from masquerade_engine.prefix_index import BLOCK
+from masquerade_masks import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -52,8 +55,10 @@ class KVCache:
         self, geometry: KVGeometry, num_slots: int, max_len: int, num_blocks: int, device: torch.device
     ) -> None:
         g = geometry
-        self._slots = lazy_zeros((g.num_layers, 2, num_slots, g.num_kv_heads, max_len, g.head_dim), g.dtype, device)
-        self._blocks = lazy_zeros((g.num_layers, 2, num_blocks, g.num_kv_heads, BLOCK, g.head_dim), g.dtype, device)
+        self._memory = LazyZeros((g.num_layers, 2, num_slots, g.num_kv_heads, max_len, g.head_dim), g.dtype, device)
+        self._slots = self._memory.tensor
+        blocks = LazyZeros((g.num_layers, 2, num_blocks, g.num_kv_heads, BLOCK, g.head_dim), g.dtype, device)
+        self._blocks = blocks.tensor
         # [num_slots, kv_heads, max_len, head_dim] a layer
         self.keys = [layer[0] for layer in self._slots]
         self.values = [layer[1] for layer in self._slots]
@@ -77,12 +82,24 @@ class KVCache:
 
     def store(self, slot: int, start: int, blocks: Sequence[int]) -> None:
         """Copy a slot's tokens from `start` on out to blocks."""
-        self._blocks[:, :, torch.tensor(blocks, device=self._device)] = self._span(slot, start, len(blocks))
+        for index, first, num_blocks in _runs(blocks):
+            tokens = self._span(slot, start + index * BLOCK, num_blocks)
+            self._blocks[:, :, first : first + num_blocks].copy_(tokens)
 
     def load(self, slot: int, start: int, blocks: Sequence[int]) -> None:
         """Copy blocks in to a slot's tokens from `start` on."""
-        cached = self._blocks.index_select(2, torch.tensor(blocks, device=self._device))
-        self._span(slot, start, len(blocks)).copy_(cached)
+        for index, first, num_blocks in _runs(blocks):
+            tokens = self._span(slot, start + index * BLOCK, num_blocks)
+            tokens.copy_(self._blocks[:, :, first : first + num_blocks])
+
+    def trim(self, slot: int, start: int, stop: int) -> None:
+        """Give the memory of a slot's tokens from `start` up to `stop` back; what they held reads as anything."""
+        num_layers, two, num_slots, heads, max_len, head_dim = self._slots.shape
+        token = head_dim * self._slots.itemsize  # bytes of one token in one head
+        for row in range(num_layers * two):
+            for head in range(heads):
+                first = ((row * num_slots + slot) * heads + head) * max_len * token
+                self._memory.give_back(first + start * token, first + stop * token)
 
     def _span(self, slot: int, start: int, num_blocks: int) -> torch.Tensor:
         """A view of a slot's tokens as blocks: `[num_layers, 2, num_blocks, kv_heads, BLOCK, head_dim]`."""
@@ -91,18 +108,55 @@ class KVCache:
         return tokens.view(num_layers, two, kv_heads, num_blocks, BLOCK, head_dim).transpose(2, 3)
 
 
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _runs(blocks: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Index, first block and length of each run of blocks that lie side by side.
+
+    One copy a run took half of what one gather took: 0.5 ms against 1.0 for 160 tokens of SmolLM2 in bf16.
+    """
+    starts = [i for i, block in enumerate(blocks) if i == 0 or block != blocks[i - 1] + 1]
+    return [(i, blocks[i], stop - i) for i, stop in zip(starts, [*starts[1:], len(blocks)], strict=True)]
+
+
+def slots_are_lazy(device: torch.device) -> bool:
+    """Whether slots take memory only for the tokens in them."""
+    return device.type == "cpu" and os.name != "nt"
+
+
+class LazyZeros:
     """Zeros that take no memory on the CPU until a page of them is touched.
 
     Zeros and not garbage, because attention reads past a short sequence's end under its mask: NaN would not stay there.
+    Raises `SettingError` where the system refuses the address space.
     """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or num_bytes == 0:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    if os.name == "nt":
-        pages = mmap.mmap(-1, num_bytes)
-    else:
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page would make 2 MB resident for a few tokens of a slot
-            pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self._pages: mmap.mmap | None = None
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes == 0 or not slots_are_lazy(device):
+            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+            return
+        self._pages = _reserve(num_bytes)
+        self.tensor = torch.frombuffer(self._pages, dtype=dtype).view(shape)
+
+    def give_back(self, start: int, stop: int) -> None:
+        """The whole pages within bytes `start` to `stop - 1` are not resident until they are touched again."""
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        num_bytes = stop // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if num_bytes > 0 and self._pages is not None:
+            self._pages.madvise(mmap.MADV_DONTNEED, start, num_bytes)
+
+
+def _reserve(num_bytes: int) -> mmap.mmap:
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64"):
+        flags |= 0x4000  # MAP_NORESERVE, which Python names from 3.13 on: more than the machine's memory may be mapped
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=flags)
+    except OSError as error:
+        raise SettingError(
+            "max_model_len",
+            f"the system refuses {num_bytes} bytes of address space for keys and values; lower it or max_num_seqs",
+        ) from error
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page would make 2 MB resident for a few tokens of a slot
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return pages

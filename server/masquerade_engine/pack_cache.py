@@ -1,94 +1,241 @@
-"""Compact packs, materialised in the background within a byte budget."""
+"""Packs of personas and casts, materialised in the background within a byte budget."""
 
 from __future__ import annotations
 
 import logging
-import queue
+import os
+import sys
 import threading
 import time
-from collections.abc import Mapping
-
-import torch
+from collections import OrderedDict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from masquerade_engine.residency import ResidencyPolicy
-from masquerade_kernels.packs import FFNWeights, Pack, compact_bytes, compact_pack
+from masquerade_kernels.packs import FFNWeights, Pack, PackFormat, member_pack, pack_bytes, union_fraction
+from masquerade_kernels.planner import PackFacts
 from masquerade_masks import SubNetwork
 
 logger = logging.getLogger(__name__)
 
+_MAX_BUSY = 128  # personas of a cast whose masks are kept at hand for its pack
+# A cast's pack is made again when its members change, but not before this many times what the last took have passed:
+# new faces in a crowd must not keep a thread busy for good.
+_REST = 20.0
+
+
+class _GivenUp(Exception):
+    """Nobody wants the pack in hand any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """The packs that are ready: a snapshot that later changes do not touch."""
+
+    packs: Mapping[str, Pack] = field(default_factory=dict)
+    facts: Mapping[str, PackFacts] = field(default_factory=dict)
+
+    def with_pack(self, key: str, pack: Pack) -> Resident:
+        assert pack.members is not None
+        facts = PackFacts(frozenset(pack.members), pack.fraction)
+        return Resident({**self.packs, key: pack}, {**self.facts, key: facts})
+
+    def without(self, keys: Sequence[str]) -> Resident:
+        return Resident(
+            {key: pack for key, pack in self.packs.items() if key not in keys},
+            {key: facts for key, facts in self.facts.items() if key not in keys},
+        )
+
+
+@dataclass(slots=True)
+class _Cast:
+    """The busy personas of one cast, and when its pack may be made again."""
+
+    busy: OrderedDict[str, SubNetwork] = field(default_factory=OrderedDict)  # least recently asked for first
+    members: tuple[str, ...] = ()  # of the pack that is resident or promised
+    rests_until: float = 0.0  # seconds on the cache's clock
+    ordered: bool = False
+
 
 class PackCache:
-    """Resident compact packs by digest. Any thread may call; none waits for a pack to be made."""
+    """Resident packs: a persona's under its digest, a cast's under `cast:<name>`.
 
-    def __init__(self, weights: FFNWeights, budget: int, dtype: torch.dtype, device: torch.device) -> None:
+    Any thread may call; none waits for a pack to be made.
+    """
+
+    def __init__(self, weights: FFNWeights, budget: int, form: PackFormat) -> None:
         self._weights = weights
-        self._dtype = dtype
-        self._device = device
+        self._form = form
         self._policy = ResidencyPolicy(budget, time.monotonic)
-        self._lock = threading.Lock()
-        self._packs: dict[str, Pack] = {}  # replaced, never changed: readers hold a whole one
-        self._bytes: dict[str, int] = {}  # of resident and of promised packs
-        self._orders: queue.SimpleQueue[SubNetwork | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()
+        self._resident = Resident()
+        self._sizes: dict[str, tuple[tuple[str, ...], int]] = {}  # members and bytes, of resident and promised packs
+        self._casts: dict[str, _Cast] = {}
+        self._orders: deque[tuple[str, list[SubNetwork]]] = deque()
         self._maker: threading.Thread | None = None
         self._closed = False
 
-    def resident(self) -> Mapping[str, Pack]:
-        """The packs that are ready now; later changes do not show in it."""
-        return self._packs
-
-    def want(self, subnetwork: SubNetwork) -> None:
-        """A request of this persona has come: have its pack made, if it deserves the memory."""
-        digest, num_bytes = subnetwork.digest, compact_bytes(subnetwork, self._dtype)
-        with self._lock:
-            self._policy.touch(digest)
-            if self._closed or digest in self._bytes:
-                return
-            victims = self._policy.victims(digest, num_bytes, self._bytes)
-            if victims is None:
-                return
-            self._bytes = {key: n for key, n in self._bytes.items() if key not in victims} | {digest: num_bytes}
-            self._packs = {key: pack for key, pack in self._packs.items() if key not in victims}
-            if self._maker is None:
-                self._maker = threading.Thread(target=self._make_packs, name="masquerade-packs", daemon=True)
-                self._maker.start()
-        self._orders.put(subnetwork)
-
-    def drop(self, digest: str) -> None:
-        """This function is no longer served: its memory is for others. What still runs it goes on densely."""
-        with self._lock:
-            self._bytes = {key: n for key, n in self._bytes.items() if key != digest}
-            self._packs = {key: pack for key, pack in self._packs.items() if key != digest}
+    @property
+    def resident(self) -> Resident:
+        """The packs that are ready now."""
+        return self._resident
 
     @property
     def num_bytes(self) -> int:
         """What resident and promised packs hold."""
-        return sum(self._bytes.values())
+        return sum(size for _, size in list(self._sizes.values()))
+
+    def want(self, subnetwork: SubNetwork, cast: str) -> None:
+        """A request of this persona has come: have the packs made that deserve the memory."""
+        with self._changed:
+            if self._closed:
+                return
+            self._policy.touch(subnetwork.digest)
+            if subnetwork.digest not in self._sizes:
+                self._order(subnetwork.digest, [subnetwork])
+            known = self._casts.setdefault(cast, _Cast())
+            known.busy[subnetwork.digest] = subnetwork
+            known.busy.move_to_end(subnetwork.digest)
+            if len(known.busy) > _MAX_BUSY:
+                known.busy.popitem(last=False)
+            if subnetwork.digest not in known.members:
+                known.ordered = True
+            self._wake()
+
+    def drop(self, digest: str) -> None:
+        """This function is no longer served: its memory is for others. What still runs it goes on densely."""
+        with self._changed:
+            self._discard([digest])
+            for name, cast in list(self._casts.items()):
+                if cast.busy.pop(digest, None) is not None:
+                    cast.ordered = True
+                if not cast.busy:
+                    self._discard([_cast_key(name)])
+                    del self._casts[name]
+            self._wake()
+
+    def residency(self, digest: str) -> str | None:
+        """`compact` or `cast`, whichever is resident; None where neither is."""
+        facts = self._resident.facts
+        if digest in facts:
+            return "compact"
+        return "cast" if any(digest in pack.members for pack in facts.values()) else None
 
     def close(self) -> None:
-        """Stop the background thread after the pack in hand, and drop all packs."""
-        with self._lock:
+        """Stop the background thread within a layer's time, and drop all packs."""
+        with self._changed:
             self._closed = True
             maker, self._maker = self._maker, None
+            self._changed.notify()
         if maker is not None:
-            self._orders.put(None)
             maker.join()
-        self._packs = {}
+        self._resident = Resident()
+
+    # With the lock held.
+
+    def _order(self, key: str, members: list[SubNetwork]) -> None:
+        num_bytes = pack_bytes(members, self._form)
+        digests = tuple(member.digest for member in members)
+        others = {other: size for other, size in self._sizes.items() if other != key}
+        victims = self._policy.victims(digests, num_bytes, others)
+        if victims is None:
+            return
+        self._discard(list(victims))
+        self._sizes[key] = (digests, num_bytes)
+        self._orders.append((key, members))
+
+    def _discard(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._sizes.pop(key, None)
+            if key.startswith("cast:") and key[5:] in self._casts:
+                self._casts[key[5:]].members = ()
+        if any(key in self._resident.packs for key in keys):
+            self._resident = self._resident.without(keys)
+
+    def _wake(self) -> None:
+        if self._maker is None and not self._closed and (self._orders or self._due() is not None):
+            self._maker = threading.Thread(target=self._make_packs, name="masquerade-packs", daemon=True)
+            self._maker.start()
+        self._changed.notify()
+
+    def _due(self) -> tuple[float, str] | None:
+        """The ordered cast whose rest ends first, and when."""
+        return min(((cast.rests_until, name) for name, cast in self._casts.items() if cast.ordered), default=None)
+
+    def _order_cast(self, name: str) -> None:
+        cast = self._casts[name]
+        cast.ordered = False
+        busy = cast.busy
+        members = self._policy.cast_members(busy, lambda digests: union_fraction([busy[one] for one in digests]))
+        if not members:
+            self._discard([_cast_key(name)])
+        elif set(members) != set(cast.members):
+            self._order(_cast_key(name), [busy[digest] for digest in members])
+            if self._orders and self._orders[-1][0] == _cast_key(name):
+                cast.members = tuple(members)
+
+    # In the background thread.
 
     def _make_packs(self) -> None:
-        while (subnetwork := self._orders.get()) is not None and not self._closed:
-            self._make(subnetwork)
+        _make_way()
+        while (order := self._next_order()) is not None:
+            began = time.monotonic()
+            self._make(*order)
+            name = order[0].removeprefix("cast:")
+            with self._changed:
+                if name in self._casts:
+                    self._casts[name].rests_until = time.monotonic() + _REST * (time.monotonic() - began)
 
-    def _make(self, subnetwork: SubNetwork) -> None:
-        digest = subnetwork.digest
-        if digest not in self._bytes:  # driven out before its turn came
-            return
+    def _next_order(self) -> tuple[str, list[SubNetwork]] | None:
+        with self._changed:
+            while not self._closed:
+                if self._orders:
+                    return self._orders.popleft()
+                due = self._due()
+                if due is None:
+                    self._changed.wait()
+                elif due[0] > time.monotonic():
+                    self._changed.wait(due[0] - time.monotonic())
+                else:
+                    self._order_cast(due[1])
+        return None
+
+    def _make(self, key: str, members: list[SubNetwork]) -> None:
+        wanted = tuple(member.digest for member in members)
+
+        def is_wanted() -> bool:
+            return not self._closed and self._sizes.get(key, ((), 0))[0] == wanted
+
+        layer_began = time.monotonic()
+
+        def rest() -> None:
+            nonlocal layer_began
+            if not is_wanted():
+                raise _GivenUp
+            time.sleep(time.monotonic() - layer_began)  # half of the time is the engine's, whatever the cores
+            layer_began = time.monotonic()
+
         try:
-            pack = compact_pack(self._weights, subnetwork, dtype=self._dtype, device=self._device)
-        except Exception:  # the persona stays on the dense pack, which computes the same
-            logger.exception("no compact pack for %s", digest)
-            with self._lock:
-                self._bytes.pop(digest, None)
+            if not is_wanted():
+                return
+            pack = member_pack(self._weights, members, self._form, rest)
+        except _GivenUp:
             return
-        with self._lock:
-            if digest in self._bytes and not self._closed:
-                self._packs = self._packs | {digest: pack}
+        except Exception:  # the personas stay on the packs that cover them, which compute the same
+            logger.exception("no pack for %s", key)
+            with self._changed:
+                self._discard([key])
+            return
+        with self._changed:
+            if is_wanted():
+                self._resident = self._resident.with_pack(key, pack)
+
+
+def _cast_key(name: str) -> str:
+    return f"cast:{name}"
+
+
+def _make_way() -> None:
+    """Give this thread, and those that torch starts for it, the lowest priority where the system has one a thread."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from masquerade_engine.control_tokens import control_tokens
 from masquerade_masks import SettingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SCENE_ROLES = frozenset({"system", "developer"})
+_OPENINGS = ("Hello.", "Why?")  # two user turns that begin differently
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ def render_chat(
 
     A persona's prompt comes first, and the client's system and developer messages join the same system turn in order.
     With `system_prompt=None` (the base under its own name) the messages are rendered as they are.
+    Special tokens typed in a message are plain text: only the template's own are control tokens.
     Raises `SettingError` where the template refuses the messages, or the base has no template.
     """
     turns = list(messages) if system_prompt is None else with_persona(system_prompt, messages)
@@ -60,6 +63,16 @@ def render_chat(
         return _rendered_without_system(tokenizer, turns, add_generation_prompt, refusal)
 
 
+def shared_prefix(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None) -> list[int]:
+    """The tokens that every chat under a system prompt begins with: what can be computed before one begins.
+
+    A chat with a scene leaves them where the prompt ends, a few tokens earlier. Raises what `render_chat` raises.
+    """
+    one, other = (render_chat(tokenizer, system_prompt, [ChatMessage("user", text)]) for text in _OPENINGS)
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
+
+
 def with_persona(system_prompt: str, messages: Sequence[ChatMessage]) -> list[ChatMessage]:
     """The turns that a template sees: one system turn (persona, then scene), then the rest as given."""
     scene = [message.content for message in messages if message.role in SCENE_ROLES]
@@ -70,12 +83,14 @@ def with_persona(system_prompt: str, messages: Sequence[ChatMessage]) -> list[Ch
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, turns: Sequence[ChatMessage], add_generation_prompt: bool
 ) -> list[int]:
+    control = control_tokens(tokenizer)
+    typed = any(control.in_text(turn.content) for turn in turns)
     rendered: str = tokenizer.apply_chat_template(
-        [{"role": turn.role, "content": turn.content} for turn in turns],
+        [{"role": turn.role, "content": control.hidden(turn.content) if typed else turn.content} for turn in turns],
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
     )
-    return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    return control.encode(rendered) if typed else list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
 def _rendered_without_system(

@@ -8,7 +8,7 @@ from typing import Literal
 
 from masquerade_masks import SettingError, SubNetwork
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "error", "deadline"]
 
 MAX_LOGPROBS = 20  # OpenAI's bound on top_logprobs
 MAX_STOP_STRINGS = 16
@@ -82,6 +82,23 @@ class Request:
     function: PersonaFunction
     sampling: SamplingParams
     priority: int = 0  # 0: a player waits; 1: ambient chatter
+    # Seconds from `Engine.add`. Passed before the first token: ends with `deadline`; after it: with `length`.
+    deadline_s: float | None = None
+    prefill_only: bool = False  # end, with no token, once the prompt's whole blocks are in the prefix cache
+    pin: bool = False  # and keep those blocks from eviction until the function is forgotten
+
+
+def warm_request(request_id: str, function: PersonaFunction, prompt: tuple[int, ...], *, pin: bool = False) -> Request:
+    """A request that brings a prompt into the prefix cache, behind everybody else."""
+    return Request(request_id, prompt, function, SamplingParams(max_tokens=1), priority=1, prefill_only=True, pin=pin)
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What warming a prompt found."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int  # of these, in the prefix cache before
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,54 +1,62 @@
-"""Runs batches: one ragged `[1, num_tokens]` pass through transformers' modelling code with our seams."""
+"""Runs batches: one ragged pass over the rows of many sequences. Decides nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from masquerade_engine.attention import RaggedAttention, Span
+from masquerade_engine.attention import Span, TorchAttention
 from masquerade_engine.base import Base
-from masquerade_engine.context import forward_context
+from masquerade_engine.cpu_attention import CPUAttention, loops_for
+from masquerade_engine.decoder import Decoder, StepAttention
 from masquerade_engine.ffn_weights import CheckpointWeights, ModelWeights
 from masquerade_engine.kv_cache import KVCache, KVGeometry
-from masquerade_engine.pack_cache import PackCache
+from masquerade_engine.pack_cache import PackCache, Resident
 from masquerade_engine.sampler import sample
-from masquerade_engine.seams import PersonaFFN, persona_ffns
+from masquerade_engine.seams import persona_ffns
 from masquerade_engine.sequence import Batch, Chunk, SampledToken
 from masquerade_kernels.coefficients import BASE_ROW, CoefficientTable
-from masquerade_kernels.linear import PackedLinear
-from masquerade_kernels.packs import dense_pack
+from masquerade_kernels.packs import PackFormat, dense_pack
 from masquerade_kernels.persona_ffn import FFNSegment, run_persona_ffn
 from masquerade_kernels.planner import Run, plan_step
+from masquerade_kernels.row_costs import measure_row_costs
+from masquerade_kernels.rows import row_ops
 
 
-class StepContext:
-    """What one step tells the seams: where its rows' keys live, and which packs its rows run on."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the chunks of a step run, for as long as the same personas do so in the same order."""
 
-    def __init__(self, attention: RaggedAttention, segments: Rows[FFNSegment], table: CoefficientTable) -> None:
-        self.attend = attention.attend
-        self._segments = segments
-        self._table = table
-
-    def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
-        return run_persona_ffn(hidden[0], module.layer, self._segments, self._table).unsqueeze(0)
+    runs: tuple[Run, ...]
+    resident: Resident
+    order: tuple[int, ...]  # of the chunks, by row
+    segments: tuple[FFNSegment, ...]
 
 
 class Runner:
-    """The base's packed weights, the KV cache and the personas' coefficients. Decides nothing."""
+    """The base's packed weights, the KV cache and the personas' coefficients."""
 
-    def __init__(self, base: Base, *, num_slots: int, max_len: int, num_blocks: int, pack_cache_bytes: int) -> None:
+    def __init__(
+        self, base: Base, *, num_slots: int, max_len: int, num_blocks: int, pack_cache_bytes: int, int8: bool = False
+    ) -> None:
         self._device = base.device
         self._stop_token_ids = base.stop_token_ids
-        self._model = base.build_model()
-        self._dense = dense_pack(ModelWeights(persona_ffns(self._model)))
-        pack_linears(self._model)
+        self._rows = row_ops(base.device, base.dtype)
+        form = PackFormat(base.dtype, base.device, int8)
+        model = base.build_model()
+        self._dense = dense_pack(ModelWeights(persona_ffns(model)), form)
+        self._decoder = Decoder(model, self._rows, max_len, int8=int8)
         geometry = KVGeometry.of(base.config, base.dtype)
         self._kv = KVCache(geometry, num_slots, max_len, num_blocks, base.device)
         self._table = CoefficientTable(base.shape, num_slots, base.device)
-        checkpoint = CheckpointWeights(base.path, base.shape.num_layers)
-        self.packs = PackCache(checkpoint, pack_cache_bytes, base.dtype, base.device)
+        if base.device.type == "cpu":
+            for shape in self._decoder.attentions:
+                loops_for(shape, base.dtype, torch.get_num_threads())
+        self._costs = measure_row_costs(self._dense.layers, base.dtype, base.device, self._rows)
+        self._plan = _Plan((), Resident(), (), ())
+        self.packs = PackCache(CheckpointWeights(base.path, base.shape.num_layers), pack_cache_bytes, form)
 
     def run(self, batch: Batch) -> list[SampledToken]:
         """Compute a batch: a token for each of `batch.sampling`, in that order."""
@@ -63,75 +71,81 @@ class Runner:
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """`[num_sampling, vocab]`, rows in the order of `batch.sampling`."""
-        # 1. Lay the rows out: decoding rows by slot, then chunks; chunks of one pack side by side.
-        chunks, segments = self._plan(sorted(batch.chunks, key=_layout_order))
+        # 1. Lay the rows out: decoding rows by slot, then chunks, as far as their packs allow.
+        chunks, segments = self._planned(sorted(batch.chunks, key=_layout_order))
         spans = _spans(chunks)
-        # 2. Token ids and positions, [1, num_tokens].
         tokens = [t for chunk in chunks for t in chunk.sequence.tokens[chunk.start : chunk.stop]]
-        positions = [p for chunk in chunks for p in range(chunk.start, chunk.stop)]
-        # 3. The pass; only rows that sample reach the vocabulary.
-        attention = RaggedAttention(self._kv, spans, self._device)
+        # 2. The rows that sample; only they reach the vocabulary.
         last_row = {
             id(chunk.sequence): span.row + span.num_tokens - 1 for chunk, span in zip(chunks, spans, strict=True)
         }
-        rows = [last_row[id(sequence)] for sequence in batch.sampling]
-        with forward_context(StepContext(attention, segments, self._table)):
-            output: torch.Tensor = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
-                use_cache=False,
-                logits_to_keep=torch.tensor(rows, dtype=torch.int64, device=self._device),
-            ).logits[0]
-        return output
+        keep = [last_row[id(sequence)] for sequence in batch.sampling]
+        # 3. The pass.
+        return self._decoder.forward(
+            torch.tensor(tokens, device=self._device),
+            self._attention(spans),
+            lambda layer, hidden: run_persona_ffn(hidden, layer, segments, self._rows),
+            torch.tensor(keep, dtype=torch.int64, device=self._device),
+        )
 
-    def _plan(self, chunks: list[Chunk]) -> tuple[list[Chunk], list[FFNSegment]]:
+    def _attention(self, spans: Rows[Span]) -> StepAttention:
+        if self._device.type == "cpu":
+            return CPUAttention(self._kv, self._decoder.rotary, spans)
+        return TorchAttention(self._kv, self._decoder.rotary, spans, self._device)
+
+    def _planned(self, chunks: list[Chunk]) -> tuple[list[Chunk], tuple[FFNSegment, ...]]:
         """The chunks in the order of their rows, and the packs those rows run on."""
-        resident = self.packs.resident()
-        runs = [Run(_packable(chunk), chunk.num_tokens) for chunk in chunks]
-        ordered: list[Chunk] = []
+        runs = tuple(_run(chunk) for chunk in chunks)
+        resident = self.packs.resident
+        if runs != self._plan.runs or resident is not self._plan.resident:
+            self._plan = self._new_plan(chunks, runs, resident)
+        return [chunks[index] for index in self._plan.order], self._plan.segments
+
+    def _new_plan(self, chunks: list[Chunk], runs: tuple[Run, ...], resident: Resident) -> _Plan:
+        order: list[int] = []
         segments: list[FFNSegment] = []
         row = 0
-        for planned in plan_step(runs, resident):
+        for planned in plan_step(runs, resident.facts, self._costs):
             members = [chunks[index] for index in planned.runs]
             stop = row + sum(chunk.num_tokens for chunk in members)
             if planned.pack is None:
                 segments.append(self._dense_segment(members, row, stop))
             else:
-                segments.append(FFNSegment(row, stop, resident[planned.pack]))
-            ordered += members
+                segments.append(self._member_segment(members, row, stop, resident, planned.pack))
+            order += planned.runs
             row = stop
-        return ordered, segments
+        return _Plan(runs, resident, tuple(order), tuple(segments))
 
     def _dense_segment(self, chunks: Rows[Chunk], start: int, stop: int) -> FFNSegment:
         functions = [chunk.sequence.request.function for chunk in chunks]
         subnetworks = [function.subnetwork for function in functions if function.subnetwork is not None]
         if not subnetworks:
             return FFNSegment(start, stop, self._dense)
-        row_of = self._table.rows_of(subnetworks)
-        rows = [
-            BASE_ROW if chunk.sequence.request.function.subnetwork is None else row_of[_persona(chunk) or ""]
-            for chunk in chunks
-            for _ in range(chunk.num_tokens)
-        ]
-        return FFNSegment(start, stop, self._dense, torch.tensor(rows, device=self._device), frozenset(row_of))
+        row_of: dict[str | None, int] = {None: BASE_ROW}
+        row_of.update(self._table.rows_of(subnetworks))
+        digests = frozenset(subnetwork.digest for subnetwork in subnetworks)
+        return FFNSegment(start, stop, self._dense, self._personas(chunks, row_of), self._table, digests)
+
+    def _member_segment(self, chunks: Rows[Chunk], start: int, stop: int, resident: Resident, key: str) -> FFNSegment:
+        pack = resident.packs[key]
+        assert pack.members is not None
+        row_of: dict[str | None, int] = {digest: row for row, digest in enumerate(pack.members)}
+        return FFNSegment(start, stop, pack, self._personas(chunks, row_of))
+
+    def _personas(self, chunks: Rows[Chunk], row_of: dict[str | None, int]) -> torch.Tensor:
+        """Int64 `[num_tokens]`: the row of the coefficients that each token's persona has."""
+        rows = [row_of[_persona(chunk)] for chunk in chunks for _ in range(chunk.num_tokens)]
+        return torch.tensor(rows, device=self._device)
 
 
-def pack_linears(model: nn.Module) -> None:
-    """Replace every `nn.Linear` of the model by a `PackedLinear`, in place."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
+def _run(chunk: Chunk) -> Run:
+    """What the planner sees of a chunk; seeded requests stay on the dense pack."""
+    return Run(_persona(chunk), chunk.num_tokens, pinned=chunk.sequence.sampling.seed is not None)
 
 
 def _persona(chunk: Chunk) -> str | None:
     subnetwork = chunk.sequence.request.function.subnetwork
     return None if subnetwork is None else subnetwork.digest
-
-
-def _packable(chunk: Chunk) -> str | None:
-    """The persona whose compact pack a chunk may run on; seeded requests stay on the dense one."""
-    return None if chunk.sequence.sampling.seed is not None else _persona(chunk)
 
 
 def _layout_order(chunk: Chunk) -> tuple[bool, int]:

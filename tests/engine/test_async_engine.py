@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from masquerade_engine import AsyncEngine, Base, EngineSettings, PersonaFunction, Request, SamplingParams
-from masquerade_masks import ContextTooLong, EngineStopped, QueueFull
+from masquerade_engine import AsyncEngine, Base, EngineSettings, PersonaFunction, Request, SamplingParams, Warmed
+from masquerade_masks import ContextTooLong, EngineStopped, QueueFull, SettingError
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
@@ -149,3 +149,62 @@ async def test_installing_prepares_a_persona(engine: AsyncEngine, tiny_base: Bas
     await until(lambda: engine.residency(function.digest) == "compact")
     assert engine.stats().num_compact_packs == 1
     assert engine.max_model_len == 512
+
+
+async def test_warming_says_what_it_found(
+    engine: AsyncEngine, tiny_base: Base, make_function: Function, prompt_of: Prompt
+) -> None:
+    function = make_function(tiny_base, 1)
+    assert await engine.warm(function, prompt_of(1, 50)) == Warmed(50, 0)
+    assert await engine.warm(function, prompt_of(1, 50), pin=True) == Warmed(50, 48)
+    assert engine.stats().num_pinned_prefix_blocks == 3
+    assert engine.residency(function.digest) != "none"
+    outputs = [o async for o in engine.generate(Request("a", prompt_of(1, 50), function, GREEDY))]
+    assert outputs[0].num_cached_tokens == 48
+    engine.forget(function.digest)
+    assert await engine.warm(function, prompt_of(1, 50)) == Warmed(50, 0)
+    assert engine.stats().num_pinned_prefix_blocks == 0
+
+
+async def test_warming_many_at_once_beside_a_chat(
+    engine: AsyncEngine, tiny_base: Base, make_function: Function, prompt_of: Prompt
+) -> None:
+    stream = engine.generate(Request("chat", prompt_of(1), make_function(tiny_base, 9), LONG))
+    await anext(stream)
+    personas = [make_function(tiny_base, i) for i in range(4)]  # as many as the queue of warming holds
+    warmed = await asyncio.gather(*(engine.warm(one, prompt_of(i, 40)) for i, one in enumerate(personas)))
+    assert warmed == [Warmed(40, 0)] * 4
+    await stream.aclose()
+
+
+async def test_warming_is_no_chat_and_tells_why_it_cannot_be(
+    engine: AsyncEngine, base_function: PersonaFunction, prompt_of: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ContextTooLong):
+        await engine.warm(base_function, prompt_of(1, 512))
+    with pytest.raises(SettingError, match="token id outside"):
+        await engine.warm(base_function, (10_000,) * 20)
+
+    def fail(*_: Any) -> list[Any]:
+        assert not engine.busy
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(engine._engine.runner, "run", fail)
+    with pytest.raises(EngineStopped, match="a step failed"):
+        await engine.warm(base_function, prompt_of(1, 50))
+
+
+async def test_warming_that_is_cancelled_stops(
+    engine: AsyncEngine, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    streams = [engine.generate(Request(str(i), prompt_of(i), base_function, LONG)) for i in range(4)]
+    for stream in streams:
+        await anext(stream)
+    task = asyncio.create_task(engine.warm(base_function, prompt_of(9, 50)))
+    await until(lambda: engine.stats().num_waiting == 1)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: engine.stats().num_waiting == 0)
+    for stream in streams:
+        await stream.aclose()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams, TokenOutput
+from masquerade_engine.sequence import Sequence
 from masquerade_kernels import CoefficientTable
 from masquerade_masks import (
     BaseMismatch,
@@ -125,8 +128,8 @@ def test_a_small_prefix_cache_under_pressure_never_gives_wrong_kv(
 def test_cancelling_ends_a_request_before_the_next_step(
     engine: Engine, base_function: PersonaFunction, prompt_of: Prompt
 ) -> None:
-    for name in "ab":
-        engine.add(Request(name, prompt_of(1), base_function, GREEDY))
+    for seed, name in enumerate("ab"):
+        engine.add(Request(name, prompt_of(seed), base_function, GREEDY))
     engine.step()
     engine.cancel("a")
     engine.cancel("never heard of")
@@ -238,19 +241,19 @@ def test_a_seeded_request_stays_on_the_dense_pack(
     while engine.residency(function.digest) != "compact":
         time.sleep(0.005)
     used = []
-    plan = engine.runner._plan
+    planned = engine.runner._planned
 
     def record(chunks: Any) -> Any:
-        ordered, segments = plan(chunks)
-        used.extend(segment.pack.digest for segment in segments)
+        ordered, segments = planned(chunks)
+        used.extend(segment.pack.members for segment in segments)
         return ordered, segments
 
-    monkeypatch.setattr(engine.runner, "_plan", record)
+    monkeypatch.setattr(engine.runner, "_planned", record)
     run_out_one(engine, Request("a", prompt_of(1), function, replace(GREEDY, seed=1)))
     assert set(used) == {None}
     used.clear()
     run_out_one(engine, Request("b", prompt_of(1), function, GREEDY))
-    assert set(used) == {function.digest}
+    assert set(used) == {(function.digest,)}
 
 
 def test_a_request_that_fails_generate_all_leaves_nothing_behind(
@@ -313,3 +316,128 @@ def test_a_forgotten_function_gives_its_pack_back(
     assert engine.residency(function.digest) == "none"
     assert engine.stats().compact_pack_bytes == 0
     assert run_out_one(engine, Request("b", prompt_of(1), function, GREEDY)) == before
+
+
+def test_a_warmed_prompt_is_not_computed_again(
+    engine: Engine, tiny_base: Base, make_function: Function, prompt_of: Prompt
+) -> None:
+    function = make_function(tiny_base, 1)
+    persona = prompt_of(1, 50)
+    alone = run_out_one(engine, Request("alone", persona + prompt_of(2, 9), function, GREEDY))
+    with Engine(tiny_base, EngineSettings(max_num_seqs=4)) as fresh:
+        warming = fresh.warm(function, persona, pin=True)
+        (output,) = run_out(fresh)[warming]
+        assert (output.finish_reason, output.token_id, output.num_prompt_tokens) == ("length", None, 50)
+        assert fresh.residency(function.digest) != "none"
+        assert fresh.stats().num_pinned_prefix_blocks == fresh.stats().num_prefix_blocks == 3
+        assert fresh.stats().num_prompt_tokens == 0
+        fresh.add(Request("a", persona + prompt_of(2, 9), function, GREEDY))
+        outputs = run_out(fresh)["a"]
+        assert outputs[0].num_cached_tokens == 48
+        assert ids(outputs) == alone
+        again = fresh.warm(function, persona)
+        assert run_out(fresh)[again][0].num_cached_tokens == 48
+        fresh.forget(function.digest)
+        fresh.step()
+        assert fresh.stats().num_prefix_blocks == 0
+
+
+def test_more_cannot_be_pinned_than_half_of_the_prefix_cache(
+    tiny_base: Base, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    block = 2 * 3 * 2 * 8 * 4 * 16  # bytes: K and V, layers, heads, head_dim, float32, tokens
+    with Engine(tiny_base, EngineSettings(max_num_seqs=1, prefix_cache_bytes=7 * block)) as engine:
+        assert engine.stats().max_prefix_blocks == 7
+        engine.warm(base_function, prompt_of(1, 48), pin=True)
+        with pytest.raises(SettingError, match="48 tokens"):
+            engine.warm(base_function, prompt_of(2, 16), pin=True)
+
+
+def test_requests_that_come_together_compute_their_persona_once(
+    engine: Engine, tiny_base: Base, make_function: Function, prompt_of: Prompt
+) -> None:
+    function = make_function(tiny_base, 1)
+    requests = [Request(str(i), prompt_of(99, 64) + prompt_of(i, 10), function, GREEDY) for i in range(4)]
+    alone = {request.id: run_out_one(engine, request) for request in requests}
+    with Engine(tiny_base, EngineSettings(max_num_seqs=4)) as fresh:
+        for request in requests:
+            fresh.add(request)
+        outputs = run_out(fresh)
+        assert {name: ids(one) for name, one in outputs.items()} == alone
+        assert fresh.stats().num_cached_tokens == 3 * 64
+
+
+def test_a_deadline_ends_a_request_that_waits(
+    tiny_base: Base, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    with Engine(tiny_base, EngineSettings(max_num_seqs=1)) as engine:
+        engine.add(Request("a", prompt_of(1), base_function, GREEDY))
+        engine.add(Request("b", prompt_of(2), base_function, GREEDY, deadline_s=1e-6))
+        outputs = run_out(engine)
+        assert [output.finish_reason for output in outputs["b"]] == ["deadline"]
+        assert engine.stats().num_deadline == 1
+        assert len(outputs["a"]) == 8
+
+
+def test_the_memory_of_one_full_sequence_is_enough_on_the_cpu(
+    tiny_base: Base, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    token = 2 * 3 * 2 * 8 * 4  # bytes: K and V, layers, heads, head_dim, float32
+    with Engine(tiny_base, EngineSettings(max_num_seqs=8, max_model_len=100, kv_cache_bytes=100 * token)) as engine:
+        assert engine.max_model_len == 100
+        results = engine.generate_all(Request(str(i), prompt_of(i, 90), base_function, GREEDY) for i in range(3))
+    assert [len(result.token_ids) for result in results.values()] == [8] * 3
+
+
+def test_news_of_others_do_not_disturb_generate_all(
+    engine: Engine, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    engine.warm(base_function, prompt_of(1, 40))
+    assert len(engine.generate_all([Request("a", prompt_of(2), base_function, GREEDY)])) == 1
+
+
+def test_a_cancellation_is_told_even_where_the_step_fails(
+    engine: Engine, base_function: PersonaFunction, prompt_of: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> list[Any]:
+        raise RuntimeError("out of luck")
+
+    for name in "ab":
+        engine.add(Request(name, prompt_of(1), base_function, GREEDY))
+    engine.cancel("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.runner, "run", fail)
+        with pytest.raises(RuntimeError):
+            engine.step()
+    assert [output.request_id for output in engine.abandon()] == ["b"]
+    assert [(o.request_id, o.finish_reason) for o in engine.step()] == [("a", "cancelled")]
+    assert not engine.has_work
+
+
+def test_a_persona_that_was_served_once_leaves_next_to_nothing(
+    tiny_base: Base, make_function: Function, prompt_of: Prompt
+) -> None:
+    """Not its mask, nor anything else whose size is that of the model."""
+    settings = EngineSettings(max_num_seqs=32, max_model_len=64, prefix_cache_bytes=1 << 20, pack_cache_bytes=1 << 20)
+    once = SamplingParams(max_tokens=1, temperature=0.0)
+
+    def serve(engine: Engine, seeds: range) -> None:
+        engine.generate_all(
+            Request(str(seed), prompt_of(seed, 30), make_function(tiny_base, seed), once) for seed in seeds
+        )
+
+    with Engine(tiny_base, settings) as engine:
+        serve(engine, range(200))  # caches fill up
+        tracemalloc.start()
+        try:
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            serve(engine, range(200, 600))
+            gc.collect()
+            grown = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+        alive = [type(thing) for thing in gc.get_objects()]
+    assert grown / 400 < 2000  # bytes; a third of the bundled model's mask
+    assert alive.count(SubNetwork) < 200
+    assert alive.count(Sequence) == 0

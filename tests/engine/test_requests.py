@@ -47,11 +47,21 @@ def test_engine_bounds_are_checked(field: str, value: int) -> None:
     assert refused.value.field == field
 
 
+def test_slots_that_take_memory_as_they_fill_need_hold_one_full_sequence() -> None:
+    settings = EngineSettings(max_num_seqs=4, kv_cache_bytes=1000)
+    assert settings.resolve_max_model_len(800, 10, lazy_slots=True) == 100
+    assert EngineSettings(max_model_len=100, kv_cache_bytes=1000).resolve_max_model_len(800, 10, lazy_slots=True) == 100
+    with pytest.raises(SettingError, match="1 sequence of 101 tokens"):
+        EngineSettings(max_model_len=101, kv_cache_bytes=1000).resolve_max_model_len(800, 10, lazy_slots=True)
+
+
 def test_the_context_is_what_the_base_and_the_memory_allow() -> None:
     settings = EngineSettings(max_num_seqs=4, kv_cache_bytes=4 * 100 * 10)
-    assert settings.resolve_max_model_len(context_length=80, kv_bytes_per_token=10) == 80
-    assert settings.resolve_max_model_len(context_length=800, kv_bytes_per_token=10) == 100
+    assert settings.resolve_max_model_len(80, 10, lazy_slots=False) == 80
+    assert settings.resolve_max_model_len(800, 10, lazy_slots=False) == 100
     with pytest.raises(SettingError, match="kv_cache_bytes"):
-        EngineSettings(max_num_seqs=4, max_model_len=101, kv_cache_bytes=4000).resolve_max_model_len(800, 10)
+        EngineSettings(max_num_seqs=4, max_model_len=101, kv_cache_bytes=4000).resolve_max_model_len(
+            800, 10, lazy_slots=False
+        )
     with pytest.raises(SettingError, match="max_model_len"):
-        EngineSettings(max_model_len=900).resolve_max_model_len(800, 10)
+        EngineSettings(max_model_len=900).resolve_max_model_len(800, 10, lazy_slots=False)

@@ -18,13 +18,13 @@ def make_policy(budget: int) -> tuple[ResidencyPolicy, Clock]:
 def test_what_fits_drives_nothing_out() -> None:
     policy, _ = make_policy(100)
     policy.touch("a")
-    assert policy.victims("a", 40, {"b": 60}) == []
+    assert policy.victims(["a"], 40, {"b": (["b"], 60)}) == []
 
 
 def test_what_never_fits_stays_out() -> None:
     policy, _ = make_policy(100)
     policy.touch("a")
-    assert policy.victims("a", 101, {}) is None
+    assert policy.victims(["a"], 101, {}) is None
 
 
 def test_a_busier_persona_drives_out_the_idlest() -> None:
@@ -34,14 +34,14 @@ def test_a_busier_persona_drives_out_the_idlest() -> None:
     policy.touch("idle")
     for _ in range(9):
         policy.touch("busy")
-    assert policy.victims("new", 50, {"busy": 50, "idle": 50}) == ["idle"]
+    assert policy.victims(["new"], 50, {"busy": (["busy"], 50), "idle": (["idle"], 50)}) == ["idle"]
 
 
 def test_equals_do_not_chase_each_other() -> None:
     policy, _ = make_policy(50)
     policy.touch("a")
     policy.touch("b")
-    assert policy.victims("b", 50, {"a": 50}) is None
+    assert policy.victims(["b"], 50, {"a": (["a"], 50)}) is None
 
 
 def test_busyness_fades() -> None:
@@ -50,7 +50,7 @@ def test_busyness_fades() -> None:
         policy.touch("yesterday")
     clock.now = 3600.0
     policy.touch("today")
-    assert policy.victims("today", 50, {"yesterday": 50}) == ["yesterday"]
+    assert policy.victims(["today"], 50, {"yesterday": (["yesterday"], 50)}) == ["yesterday"]
 
 
 def test_the_memory_of_uses_is_bounded() -> None:
@@ -59,4 +59,37 @@ def test_the_memory_of_uses_is_bounded() -> None:
         clock.now = float(i)
         policy.touch(str(i))
     assert len(policy._uses) <= 4097
-    assert policy.busyness("9999") > 0
+    assert policy.busyness(["9999"]) > 0
+
+
+def test_a_cast_is_as_busy_as_its_members_together() -> None:
+    policy, _ = make_policy(100)
+    for digest in "aabbbc":
+        policy.touch(digest)
+    assert policy.busyness("ab") == 5
+    assert policy.victims("ab", 60, {"c": ("c", 60)}) == ["c"]
+
+
+def test_a_cast_unites_those_whose_masks_overlap() -> None:
+    policy, _ = make_policy(100)
+    for digest in "abcd":
+        policy.touch(digest)
+    assert policy.cast_members("abcd", lambda members: 0.5 + 0.05 * len(members)) == list("abcd")
+    assert policy.cast_members("a", lambda members: 0.5) == []
+
+
+def test_a_union_of_nearly_everything_is_no_pack() -> None:
+    policy, _ = make_policy(100)
+    for digest in "abcd":
+        policy.touch(digest)
+    assert policy.cast_members("abcd", lambda members: 0.5 if len(members) == 1 else 0.95) == []
+    # Three of four equally busy ones fit: a quarter of the requests would go elsewhere.
+    assert policy.cast_members("abcd", lambda members: 0.6 if len(members) < 4 else 0.95) == []
+
+
+def test_a_rarely_seen_member_does_not_keep_a_cast_from_its_pack() -> None:
+    policy, _ = make_policy(100)
+    for digest in ["a"] * 20 + ["b"] * 20 + ["rare"]:
+        policy.touch(digest)
+    found = policy.cast_members({"a", "b", "rare"}, lambda members: 0.95 if "rare" in members else 0.7)
+    assert sorted(found) == ["a", "b"]

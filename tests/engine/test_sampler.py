@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from masquerade_engine import Base, Engine, EngineSettings
 from masquerade_engine.detokenizer import Detokenizer
+from masquerade_engine.penalties import Histories
 from masquerade_engine.requests import PersonaFunction, Request, SamplingParams
 from masquerade_engine.sampler import sample
 from masquerade_engine.sequence import Sequence
 
 VOCAB = 1000
+WIDE = 16 * 700 + 5  # of lanes, with a rest that fills none
 STOPS = frozenset({3, 5})
 
 
@@ -28,8 +32,8 @@ def pick(logits: torch.Tensor, **sampling: Any) -> int:
     return sample(logits[None], [make_sequence(**sampling)], STOPS)[0].token_id
 
 
-def random_logits(spread: float, seed: int = 0, rows: int = 1) -> torch.Tensor:
-    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * spread
+def random_logits(spread: float, seed: int = 0, rows: int = 1, vocab: int = VOCAB) -> torch.Tensor:
+    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * spread
 
 
 def naive(logits: torch.Tensor, p: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
@@ -51,6 +55,7 @@ def test_greedy_is_the_likeliest_beside_any_neighbour() -> None:
     assert sampled[2].token_id == int(logits[2].argmax())
 
 
+@pytest.mark.parametrize("vocab", [VOCAB, WIDE])
 @pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])  # flat: bounds reach beyond the prefilter; peaked: they do not
 @pytest.mark.parametrize(
     "bounds",
@@ -64,9 +69,9 @@ def test_greedy_is_the_likeliest_beside_any_neighbour() -> None:
         {"top_p": 1e-6},
     ],
 )
-def test_bounds_are_exact(spread: float, bounds: dict[str, Any]) -> None:
+def test_bounds_are_exact(vocab: int, spread: float, bounds: dict[str, Any]) -> None:
     rows = 24
-    logits = random_logits(spread, rows=rows)
+    logits = random_logits(spread, rows=rows, vocab=vocab)
     sequences = [make_sequence(seed=seed, **bounds) for seed in range(rows)]
     sampled = sample(logits, sequences, STOPS)
     for row in range(rows):
@@ -97,6 +102,52 @@ def test_a_seeded_request_draws_its_own_stream() -> None:
         rows = torch.cat([logits[[0, 1, 3, 4]][:neighbours], logits[2:3]])
         alone.append(sample(rows, sequences, STOPS)[-1].token_id)
     assert len(set(alone)) == 1
+
+
+def test_a_row_draws_the_same_beside_rows_of_other_kinds() -> None:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {},
+        {"temperature": 0.7},
+        {"top_p": 0.9},
+        {"top_k": 5},
+        {"min_p": 0.1, "logprobs": 2},
+        {"top_k": 400},
+        {"repetition_penalty": 1.2},
+    ]
+    logits = random_logits(1.0, rows=len(kinds), vocab=WIDE)
+    alone = [
+        sample(logits[row : row + 1], [make_sequence(seed=row, **kind)], STOPS)[0].token_id
+        for row, kind in enumerate(kinds)
+    ]
+    for shift in range(len(kinds)):
+        order = [(row + shift) % len(kinds) for row in range(len(kinds))]
+        sampled = sample(logits[order], [make_sequence(seed=row, **kinds[row]) for row in order], STOPS)
+        assert [one.token_id for one in sampled] == [alone[row] for row in order]
+
+
+def test_a_seeded_request_is_the_same_alone_and_in_company(
+    tiny_base: Base, make_function: Callable[..., PersonaFunction], prompt_of: Callable[..., tuple[int, ...]]
+) -> None:
+    """Through the engine, in float32; the others come and go while it runs."""
+    settings = EngineSettings(max_num_seqs=8, max_model_len=256)
+    sampling = SamplingParams(max_tokens=40, temperature=0.9, top_p=0.95, seed=7, ignore_eos=True)
+    seeded = Request("seeded", prompt_of(1), make_function(tiny_base, 1), sampling)
+    others = [
+        Request(
+            f"other-{i}",
+            prompt_of(10 + i, 5 + 9 * i),
+            make_function(tiny_base, i % 3),
+            SamplingParams(max_tokens=4 + 5 * i, temperature=[0.0, 1.0, 0.7][i % 3], top_k=[0, 0, 20][i % 3]),
+        )
+        for i in range(7)
+    ]
+    with Engine(tiny_base, settings) as engine:
+        alone = engine.generate_all([seeded])["seeded"]
+    with Engine(tiny_base, settings) as engine:
+        together = engine.generate_all([*others[:4], seeded, *others[4:]])["seeded"]
+    assert len(set(alone.token_ids)) > 5  # it did draw
+    assert together == alone
 
 
 def test_unseeded_requests_differ() -> None:
@@ -141,6 +192,66 @@ def test_penalties_change_no_neighbour() -> None:
     assert torch.equal(logits, raw)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_stay_as_they_are(dtype: torch.dtype) -> None:
+    logits = random_logits(1.0, rows=2).to(dtype)
+    raw = logits.clone()
+    edited = make_sequence(prompt=(1, 2, 3), repetition_penalty=2.0, min_tokens=4, logprobs=2)
+    sample(logits, [edited, make_sequence(top_p=0.9)], STOPS)
+    assert torch.equal(logits, raw)
+
+
+def test_penalties_of_many_rows_are_those_of_each_alone() -> None:
+    """Against a plain loop, over steps, with one set of histories kept."""
+    logits = random_logits(2.0, rows=6)
+    rng = np.random.default_rng(3)
+    sequences = [
+        make_sequence(
+            prompt=tuple(rng.integers(0, 50, 1 + 7 * row).tolist()),
+            output=tuple(rng.integers(0, 50, 5 * row).tolist()),
+            temperature=0.0,
+            repetition_penalty=[1.0, 1.3, 0.7][row % 3],
+            presence_penalty=[0.0, 1.5][row % 2],
+            frequency_penalty=[0.4, -0.2, 0.0][row % 3],
+        )
+        for row in range(6)
+    ]
+    histories = Histories()
+    for _ in range(4):
+        expected = [int(plain_penalties(row, one).argmax()) for row, one in zip(logits, sequences, strict=True)]
+        sampled = sample(logits, sequences, STOPS, histories)
+        assert [one.token_id for one in sampled] == expected
+        for row, sequence in enumerate(sequences):
+            sequence.tokens += [expected[row], *rng.integers(0, 50, row % 3).tolist()]
+        sequences = sequences[1:] + sequences[:1]
+        logits = logits.roll(-1, dims=0)
+
+
+def plain_penalties(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """The definition, token by token."""
+    p, scores = sequence.sampling, logits.clone()
+    for token in set(sequence.tokens):
+        value = scores[token]
+        scores[token] = value / p.repetition_penalty if value > 0 else value * p.repetition_penalty
+    output = sequence.tokens[sequence.num_prompt :]
+    for token in set(output):
+        scores[token] -= p.presence_penalty + p.frequency_penalty * output.count(token)
+    return scores
+
+
+def test_a_request_that_ends_leaves_no_history_to_the_next() -> None:
+    logits = torch.full((1, VOCAB), -5.0)
+    logits[0, 10], logits[0, 11] = 2.0, 1.0
+    histories = Histories()
+    for _ in range(3):  # each may be made at the address of the one before
+        first = make_sequence(output=(10,), temperature=0.0, presence_penalty=1.5)
+        assert sample(logits, [first], STOPS, histories)[0].token_id == 11
+        del first
+        second = make_sequence(output=(11,), temperature=0.0, presence_penalty=1.5)
+        assert sample(logits, [second], STOPS, histories)[0].token_id == 10
+        del second
+
+
 def test_logprobs_are_those_of_the_raw_distribution() -> None:
     logits = random_logits(2.0)[0]
     sequence = make_sequence(temperature=0.5, top_k=1, logprobs=3, repetition_penalty=1.3, prompt=tuple(range(900)))
@@ -156,6 +267,20 @@ def test_logprobs_may_be_asked_without_alternatives() -> None:
     token = sample(random_logits(2.0), [make_sequence(logprobs=0)], STOPS)[0]
     assert token.logprob is not None
     assert token.top_logprobs == ()
+
+
+def test_each_row_reports_as_much_as_it_asked_for() -> None:
+    logits = random_logits(2.0, rows=4).bfloat16()
+    asked = [None, 2, 5, 0]
+    sampled = sample(logits, [make_sequence(seed=row, logprobs=num) for row, num in enumerate(asked)], STOPS)
+    raw = torch.log_softmax(logits.float(), -1)
+    for row, num in enumerate(asked):
+        if num is None:
+            assert sampled[row].logprob is None
+            continue
+        assert sampled[row].logprob == pytest.approx(float(raw[row, sampled[row].token_id]), abs=1e-5)
+        assert [p for _, p in sampled[row].top_logprobs] == pytest.approx(raw[row].topk(num).values.tolist(), abs=1e-5)
+        assert all(raw[row, token] == pytest.approx(p, abs=1e-5) for token, p in sampled[row].top_logprobs)
 
 
 def test_a_vocabulary_smaller_than_the_prefilter() -> None:

@@ -12,16 +12,20 @@ from masquerade_kernels import (
     FFNLayer,
     FFNSegment,
     Pack,
+    PackFormat,
     compact_pack,
     dense_pack,
     persona_ffn_reference,
     run_persona_ffn,
 )
-from masquerade_kernels.packs import compact_bytes
+from masquerade_kernels.packs import member_pack, pack_bytes, union_fraction, union_neurons
+from masquerade_kernels.rows import CompiledRows, RowOps, TorchRows
 from masquerade_masks import FFNShape, Mask, SubNetwork
 
 CPU = torch.device("cpu")
+FP32, BF16 = PackFormat(torch.float32, CPU), PackFormat(torch.bfloat16, CPU)
 LAYERS = 2
+ROWS: list[RowOps] = [TorchRows(), CompiledRows(torch.float32, 1), CompiledRows(torch.float32, 2)]
 
 
 @dataclass
@@ -71,7 +75,13 @@ def reference(weights: Weights, layer: int, hidden: torch.Tensor, persona: SubNe
 def dense_segment(pack: Pack, table: CoefficientTable, personas: list[SubNetwork | None], start: int = 0) -> FFNSegment:
     rows = table.rows_of([persona for persona in personas if persona is not None])
     table_rows = torch.tensor([0 if persona is None else rows[persona.digest] for persona in personas])
-    return FFNSegment(start, start + len(personas), pack, table_rows, frozenset(rows))
+    return FFNSegment(start, start + len(personas), pack, table_rows, table, frozenset(rows))
+
+
+def member_segment(pack: Pack, personas: list[SubNetwork], start: int = 0) -> FFNSegment:
+    assert pack.members is not None
+    rows = torch.tensor([pack.members.index(persona.digest) for persona in personas])
+    return FFNSegment(start, start + len(personas), pack, rows)
 
 
 @pytest.mark.parametrize(
@@ -83,23 +93,24 @@ def test_dense_and_compact_are_the_reference(intermediate: int, kept: int, token
     weights = make_weights(intermediate, hidden_size)
     persona = make_subnetwork(intermediate, hidden_size, kept, seed=1, gain=gain, bias=bias)
     table = CoefficientTable(persona.shape, 4, CPU)
-    dense = dense_segment(dense_pack(weights), table, [persona] * tokens)
-    compact = FFNSegment(0, tokens, compact_pack(weights, persona, dtype=torch.float32, device=CPU))
+    dense = dense_segment(dense_pack(weights, FP32), table, [persona] * tokens)
+    compact = member_segment(compact_pack(weights, persona, FP32), [persona] * tokens)
     x = torch.randn(tokens, hidden_size)
     for layer in range(LAYERS):
         expected = reference(weights, layer, x, persona)
         for segment in (dense, compact):
-            found = run_persona_ffn(x, layer, [segment], table)
-            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+            for rows in ROWS:
+                found = run_persona_ffn(x, layer, [segment], rows)
+                torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_every_token_has_its_own_persona() -> None:
     weights = make_weights(72, 16)
     personas = [None, *(make_subnetwork(72, 16, 32, seed, gain=seed % 2 == 0, bias=seed == 3) for seed in range(6))]
     table = CoefficientTable(FFNShape(LAYERS, 72, 16), 8, CPU)
-    segment = dense_segment(dense_pack(weights), table, personas)
+    segment = dense_segment(dense_pack(weights, FP32), table, personas)
     x = torch.randn(len(personas), 16)
-    found = run_persona_ffn(x, 1, [segment], table)
+    found = run_persona_ffn(x, 1, [segment], ROWS[1])
     for row, persona in enumerate(personas):
         expected = reference(weights, 1, x[row : row + 1], persona)
         torch.testing.assert_close(found[row : row + 1].double(), expected, rtol=1e-5, atol=1e-5)
@@ -109,14 +120,14 @@ def test_segments_of_several_packs_keep_the_order_of_rows() -> None:
     weights = make_weights(64, 16)
     first, second = (make_subnetwork(64, 16, 32, seed) for seed in (1, 2))
     table = CoefficientTable(first.shape, 4, CPU)
-    dense = dense_pack(weights)
+    dense = dense_pack(weights, FP32)
     segments = [
         dense_segment(dense, table, [None, first, second]),
-        FFNSegment(3, 7, compact_pack(weights, second, dtype=torch.float32, device=CPU)),
+        member_segment(compact_pack(weights, second, FP32), [second] * 4, start=3),
         FFNSegment(7, 9, dense),
     ]
     x = torch.randn(9, 16)
-    found = run_persona_ffn(x, 0, segments, table)
+    found = run_persona_ffn(x, 0, segments, ROWS[1])
     for row, persona in enumerate([None, first, second, *[second] * 4, None, None]):
         expected = reference(weights, 0, x[row : row + 1], persona)
         torch.testing.assert_close(found[row : row + 1].double(), expected, rtol=1e-5, atol=1e-5)
@@ -130,26 +141,57 @@ def test_bf16_stays_within_its_rounding(tokens: int) -> None:
     table = CoefficientTable(persona.shape, 2, CPU)
     x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = reference(weights, 0, x, persona)
-    compact = FFNSegment(0, tokens, compact_pack(weights, persona, dtype=torch.bfloat16, device=CPU))
-    for segment in (dense_segment(dense_pack(weights), table, [persona] * tokens), compact):
-        error = run_persona_ffn(x, 0, [segment], table).double() - expected
-        assert error.square().mean().sqrt() < 0.006 * expected.square().mean().sqrt()
+    compact = member_segment(compact_pack(weights, persona, BF16), [persona] * tokens)
+    for segment in (dense_segment(dense_pack(weights, BF16), table, [persona] * tokens), compact):
+        for rows in (TorchRows(), CompiledRows(torch.bfloat16, 2)):
+            error = run_persona_ffn(x, 0, [segment], rows).double() - expected
+            assert error.square().mean().sqrt() < 0.006 * expected.square().mean().sqrt()
+
+
+def test_a_cast_shares_the_union_and_each_member_keeps_its_own_function() -> None:
+    weights = make_weights(97, 16)
+    members = [make_subnetwork(97, 16, 33, seed, gain=seed == 1, bias=seed == 2) for seed in range(4)]
+    pack = member_pack(weights, members, FP32)
+    union = union_neurons(members)
+    assert pack.fraction == union_fraction(members) == sum(map(len, union)) / (LAYERS * 97)
+    assert [layer.down.in_features for layer in pack.layers] == [len(layer) for layer in union]
+    assert max(len(layer) for layer in union) < 97
+    x = torch.randn(9, 16)
+    personas = [members[i % 4] for i in range(9)]
+    for layer in range(LAYERS):
+        for rows in ROWS:
+            found = run_persona_ffn(x, layer, [member_segment(pack, personas)], rows)
+            for row, persona in enumerate(personas):
+                expected = reference(weights, layer, x[row : row + 1], persona)
+                torch.testing.assert_close(found[row : row + 1].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_whoever_packs_may_give_up_between_layers() -> None:
+    class Enough(Exception):
+        pass
+
+    def give_up() -> None:
+        raise Enough
+
+    with pytest.raises(Enough):
+        member_pack(make_weights(64, 16), [make_subnetwork(64, 16, 32, seed=1)], FP32, give_up)
 
 
 def test_gains_are_not_folded_into_weights() -> None:
     weights = make_weights(64, 16)
-    with_gain = compact_pack(weights, make_subnetwork(64, 16, 32, seed=1, gain=True), dtype=torch.float32, device=CPU)
-    without = compact_pack(weights, make_subnetwork(64, 16, 32, seed=1), dtype=torch.float32, device=CPU)
+    with_gain = compact_pack(weights, make_subnetwork(64, 16, 32, seed=1, gain=True), FP32)
+    without = compact_pack(weights, make_subnetwork(64, 16, 32, seed=1), FP32)
     x = torch.randn(2, 16)
     assert torch.equal(with_gain.layers[0].gate_up(x), without.layers[0].gate_up(x))
-    assert with_gain.layers[0].gain is not None
-    assert with_gain.layers[0].gain.dtype == torch.float32
+    assert with_gain.layers[0].coefficients is not None
+    assert with_gain.layers[0].coefficients.dtype == torch.float32
+    assert without.layers[0].coefficients is None
 
 
 def test_a_compact_pack_holds_what_was_foretold() -> None:
     persona = make_subnetwork(64, 16, 32, seed=1)
-    pack = compact_pack(make_weights(64, 16), persona, dtype=torch.float32, device=CPU)
-    assert pack.num_bytes == compact_bytes(persona, torch.float32) == LAYERS * 3 * 32 * 16 * 4
+    pack = compact_pack(make_weights(64, 16), persona, FP32)
+    assert pack.num_bytes == pack_bytes([persona], FP32) == LAYERS * 3 * 32 * 16 * 4
 
 
 def test_the_table_overwrites_the_persona_used_longest_ago() -> None:

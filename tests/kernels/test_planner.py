@@ -1,48 +1,96 @@
 from __future__ import annotations
 
-from masquerade_kernels.planner import MIN_COMPACT_ROWS, Run, Segment, plan_step
+import random
+
+import pytest
+
+from masquerade_kernels.planner import PackFacts, RowCosts, Run, Segment, plan_step
+
+# Reading the weights takes 100, and rows are free up to 16; then each takes 4.
+COSTS = RowCosts(((1, 100.0), (16, 100.0), (64, 292.0)), per_segment=5.0)
+
+
+def compact(*personas: str, fraction: float = 0.5) -> dict[str, PackFacts]:
+    return {persona: PackFacts(frozenset(persona), fraction) for persona in personas}
+
+
+def cast(members: str, fraction: float) -> dict[str, PackFacts]:
+    return {f"cast:{members}": PackFacts(frozenset(members), fraction)}
+
+
+def test_costs_are_read_between_the_points_and_beyond_the_last() -> None:
+    assert [COSTS(rows) for rows in (0, 1, 8, 16, 40, 64, 88)] == [0, 100, 100, 100, 196, 292, 388]
 
 
 def test_a_step_of_one_resident_persona_runs_compact() -> None:
-    runs = [Run("a", 1), Run("a", 1), Run("a", 7)]
-    assert plan_step(runs, {"a"}) == (Segment("a", (0, 1, 2)),)
+    assert plan_step([Run("a", 1), Run("a", 1), Run("a", 7)], compact("a"), COSTS) == (Segment("a", (0, 1, 2)),)
 
 
 def test_a_step_of_one_persona_without_a_pack_runs_dense() -> None:
-    assert plan_step([Run("a", 500)], set()) == (Segment(None, (0,)),)
+    assert plan_step([Run("a", 500)], {}, COSTS) == (Segment(None, (0,)),)
 
 
 def test_a_step_of_the_base_runs_dense() -> None:
-    assert plan_step([Run(None, 1), Run(None, 90)], {"a"}) == (Segment(None, (0, 1)),)
+    assert plan_step([Run(None, 1), Run(None, 90)], compact("a"), COSTS) == (Segment(None, (0, 1)),)
 
 
-def test_mixed_decodes_share_the_dense_pack() -> None:
+def test_few_mixed_decodes_share_the_dense_pack() -> None:
     runs = [Run("a", 1), Run("b", 1), Run(None, 1)]
-    assert plan_step(runs, {"a", "b"}) == (Segment(None, (0, 1, 2)),)
+    assert plan_step(runs, compact("a", "b"), COSTS) == (Segment(None, (0, 1, 2)),)
 
 
-def test_a_long_chunk_leaves_the_dense_pack_for_its_own() -> None:
-    runs = [Run("a", 1), Run("b", 1), Run("b", MIN_COMPACT_ROWS), Run("c", 3)]
-    assert plan_step(runs, {"b"}) == (Segment(None, (0, 1, 3)), Segment("b", (2,)))
+def test_two_personas_part_where_two_compact_reads_are_cheaper_than_one_dense() -> None:
+    runs = [Run("a", 1), Run("b", 1)]
+    assert plan_step(runs, compact("a", "b", fraction=0.5), COSTS) == (Segment(None, (0, 1)),)
+    assert plan_step(runs, compact("a", "b", fraction=0.4), COSTS) == (Segment("a", (0,)), Segment("b", (1,)))
 
 
-def test_a_short_chunk_rides_the_dense_pack() -> None:
-    runs = [Run("a", 1), Run("b", MIN_COMPACT_ROWS - 1)]
-    assert plan_step(runs, {"b"}) == (Segment(None, (0, 1)),)
+def test_a_cast_runs_on_its_own_pack() -> None:
+    runs = [Run(persona, 1) for persona in "abca"]
+    resident = compact("a") | cast("abc", 0.65) | cast("abcd", 0.8)
+    assert plan_step(runs, resident, COSTS) == (Segment("cast:abc", (0, 1, 2, 3)),)
 
 
-def test_chunks_of_one_persona_count_together() -> None:
-    runs = [Run("a", 1), Run("b", MIN_COMPACT_ROWS // 2), Run("b", MIN_COMPACT_ROWS // 2)]
-    assert plan_step(runs, {"b"}) == (Segment(None, (0,)), Segment("b", (1, 2)))
+def test_one_row_outside_the_cast_takes_all_to_the_dense_pack() -> None:
+    runs = [Run(persona, 1) for persona in "abx"]
+    assert plan_step(runs, cast("ab", 0.65), COSTS) == (Segment(None, (0, 1, 2)),)
 
 
-def test_a_step_without_dense_rows_has_no_dense_segment() -> None:
-    runs = [Run("a", 100), Run("b", 100)]
-    assert plan_step(runs, {"a", "b"}) == (Segment("a", (0,)), Segment("b", (1,)))
+def test_a_crowd_of_the_cast_parts_from_the_rest() -> None:
+    runs = [*(Run(persona, 20) for persona in "abab"), Run("x", 1)]
+    assert plan_step(runs, cast("ab", 0.5), COSTS) == (Segment(None, (4,)), Segment("cast:ab", (0, 1, 2, 3)))
 
 
-def test_every_run_is_planned_once() -> None:
-    runs = [Run(persona, n) for persona in ("a", "b", None) for n in (1, 40, 200)]
-    for resident in ({"a"}, {"a", "b"}, set()):
-        planned = [index for segment in plan_step(runs, resident) for index in segment.runs]
-        assert sorted(planned) == list(range(len(runs)))
+def test_a_long_chunk_leaves_for_its_own_pack_and_a_short_one_rides_along() -> None:
+    def runs(num_tokens: int) -> list[Run]:
+        return [Run("a", 1), Run("b", 1), Run("b", num_tokens), Run("c", 3)]
+
+    assert plan_step(runs(8), compact("b"), COSTS) == (Segment(None, (0, 1, 2, 3)),)
+    assert plan_step(runs(60), compact("b"), COSTS) == (Segment(None, (0, 3)), Segment("b", (1, 2)))
+
+
+def test_a_pinned_run_stays_on_the_dense_pack() -> None:
+    runs = [Run("a", 1, pinned=True), Run("a", 200)]
+    assert plan_step(runs, compact("a"), COSTS) == (Segment(None, (0,)), Segment("a", (1,)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_every_run_is_planned_once_on_a_pack_that_covers_it_and_never_dearer_than_dense(seed: int) -> None:
+    draw = random.Random(seed)
+    runs = [
+        Run(draw.choice([None, *"abcdef"]), draw.choice([1, 1, 1, 5, 40, 300]), pinned=draw.random() < 0.1)
+        for _ in range(draw.randrange(1, 24))
+    ]
+    resident = compact(*draw.sample("abcdef", 3), fraction=draw.choice([0.3, 0.5, 0.75]))
+    resident |= cast("abcd", draw.choice([0.5, 0.65, 0.9])) | cast("ef", 0.6)
+    segments = plan_step(runs, resident, COSTS)
+    assert sorted(index for segment in segments for index in segment.runs) == list(range(len(runs)))
+    cost = 0.0
+    for segment in segments:
+        num_rows = sum(runs[index].num_tokens for index in segment.runs)
+        cost += COSTS.per_segment + (1.0 if segment.pack is None else resident[segment.pack].fraction) * COSTS(num_rows)
+        if segment.pack is not None:
+            assert all(runs[index].persona in resident[segment.pack].members for index in segment.runs)
+            assert not any(runs[index].pinned for index in segment.runs)
+    assert cost <= COSTS.per_segment + COSTS(sum(run.num_tokens for run in runs))
+    assert [segment.pack for segment in segments].count(None) == 0 or segments[0].pack is None
