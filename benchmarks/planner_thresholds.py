@@ -2,9 +2,9 @@
 
     python benchmarks/planner_thresholds.py --sparsity 0.25 0.5
 
-Prints, for one layer, what `n` more rows cost on the dense pack and what they cost on a compact pack of their own.
-`MIN_COMPACT_ROWS` in the planner is where the second becomes the smaller. Weights are random, of the model's
-shapes, and more of them than the cache holds are used in turn.
+Prints, for one layer, what `n` more rows cost on the dense pack and what they cost on a compact pack of their own. The
+engine measures the first by itself when it starts, and its planner takes a pack of a share of the neurons to cost that
+share of it. Weights are random, of the model's shapes, and more of them than the cache holds are used in turn.
 """
 
 from __future__ import annotations

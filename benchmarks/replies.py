@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from masquerade_client import Masquerade
+from masquerade_client import Masquerade, Usage
 
 QUESTIONS = (
     "What did you do this morning?",
@@ -34,6 +34,7 @@ class TimedReply:
     fingerprints: frozenset[str | None]  # named by any chunk
     finish_reason: str | None
     num_tokens: int
+    num_cached_tokens: int  # of the prompt
 
     @property
     def first(self) -> float:
@@ -85,5 +86,12 @@ def timed_reply(
             on_chunk(len(arrivals))
         fingerprints.add(chunk.system_fingerprint)
     whole = reply.result()
-    written = whole.usage.completion_tokens if whole.usage else 0
-    return TimedReply(sent, tuple(arrivals), frozenset(fingerprints), whole.finish_reason, written)
+    usage = whole.usage or Usage()
+    return TimedReply(
+        sent,
+        tuple(arrivals),
+        frozenset(fingerprints),
+        whole.finish_reason,
+        usage.completion_tokens,
+        usage.cached_tokens,
+    )

@@ -34,6 +34,7 @@ class Server:
     """A server that is ready. Moments are `time.perf_counter` seconds."""
 
     url: str
+    pid: int
     data_dir: Path
     started: float  # just before its process was
     ready: float  # when /readyz was seen to answer 200
@@ -91,7 +92,7 @@ def serving(
     try:
         url = f"http://127.0.0.1:{port}"
         ready = _ready(url, process, lines, started + timeout_s)
-        yield Server(url, data_dir, started, ready, lines)
+        yield Server(url, process.pid, data_dir, started, ready, lines)
     finally:
         _stop(process)
         reader.join(5.0)

@@ -10,6 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from masquerade_kernels.coefficients import CoefficientTable
+    from masquerade_kernels.gathered import (
+        GatheredLayer,
+        GatheredPack,
+        GatheredSegment,
+        GatheredWeights,
+        gathered_pack,
+        run_gathered_ffn,
+    )
     from masquerade_kernels.linear import PackedLinear
     from masquerade_kernels.packs import (
         FFNLayer,
@@ -31,6 +39,10 @@ __all__ = [
     "FFNLayer",
     "FFNSegment",
     "FFNWeights",
+    "GatheredLayer",
+    "GatheredPack",
+    "GatheredSegment",
+    "GatheredWeights",
     "LayerPack",
     "Pack",
     "PackFacts",
@@ -42,10 +54,12 @@ __all__ = [
     "Segment",
     "compact_pack",
     "dense_pack",
+    "gathered_pack",
     "member_pack",
     "persona_ffn_reference",
     "plan_step",
     "row_ops",
+    "run_gathered_ffn",
     "run_persona_ffn",
 ]
 
@@ -54,6 +68,10 @@ _MODULES = {
     "FFNLayer": "packs",
     "FFNSegment": "persona_ffn",
     "FFNWeights": "packs",
+    "GatheredLayer": "gathered",
+    "GatheredPack": "gathered",
+    "GatheredSegment": "gathered",
+    "GatheredWeights": "gathered",
     "LayerPack": "packs",
     "Pack": "packs",
     "PackFacts": "planner",
@@ -65,10 +83,12 @@ _MODULES = {
     "Segment": "planner",
     "compact_pack": "packs",
     "dense_pack": "packs",
+    "gathered_pack": "gathered",
     "member_pack": "packs",
     "persona_ffn_reference": "reference",
     "plan_step": "planner",
     "row_ops": "rows",
+    "run_gathered_ffn": "gathered",
     "run_persona_ffn": "persona_ffn",
 }
 

@@ -18,6 +18,7 @@ from masquerade_engine.runner import Runner
 from masquerade_engine.scheduler import Scheduler, SchedulerLimits
 from masquerade_engine.sequence import Sequence
 from masquerade_engine.settings import EngineSettings, EngineStats
+from masquerade_kernels.linear import can_run_int8
 from masquerade_masks import BaseMismatch, MaskShapeError, SettingError, SubNetwork
 
 # Tokens whose memory a slot keeps when its sequence has gone. To write 200 tokens of SmolLM2 in bf16 took 2.5 ms where
@@ -56,6 +57,8 @@ class Engine:
             self._prefixes,
             base.stop_token_ids,
         )
+        if settings.quantization == "int8" and not can_run_int8(base.device.type):
+            raise SettingError("quantization", "int8 needs a CPU and a torch with oneDNN; use none")
         self.runner = Runner(
             base,
             num_slots=settings.max_num_seqs,

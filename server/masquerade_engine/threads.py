@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 
 def available_cores() -> int:
@@ -23,6 +24,9 @@ def yield_at_barriers() -> None:
     at once takes 70 us to wake, a hundred times a step: the linears of 16 rows took 20 ms so, and 14 ms with a moment's
     spinning (about 100 us). A user's own settings stay.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.update(barrier_settings(os.environ))
+
+
+def barrier_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """What `yield_at_barriers` adds to an environment, for a process that is about to start."""
+    return {} if "OMP_WAIT_POLICY" in environ else {"GOMP_SPINCOUNT": "5000", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -22,7 +22,7 @@ from masquerade_masks.store import PersonaFiles
 from masquerade_server import __version__
 from masquerade_server.activity import activity_file, beat
 from masquerade_server.api import routers
-from masquerade_server.backend import open_backend, open_engine, warm
+from masquerade_server.backend import open_backend, open_engine, replace_served
 from masquerade_server.changes import ChangeFeed
 from masquerade_server.errors import (
     MalformedBody,
@@ -34,8 +34,8 @@ from masquerade_server.errors import (
 from masquerade_server.estimate import Estimator
 from masquerade_server.jobs import WORKER_COMMAND, WorkerSupervisor
 from masquerade_server.middleware import BearerKey, RequestLog
-from masquerade_server.schemas import ChatBody, CompletionBody, PersonaBody, PersonaPatch, RollbackBody
-from masquerade_server.state import EngineFactory, ServerState
+from masquerade_server.schemas import ChatBody, CompletionBody, PersonaBody, PersonaPatch, RollbackBody, WarmBody
+from masquerade_server.state import Backend, EngineFactory, ServerState
 
 if TYPE_CHECKING:
     from masquerade_masks.registry import Event
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("masquerade.app")
 
 REGISTRY_FILE = "registry.sqlite"
-_BODIES = (ChatBody, CompletionBody, PersonaBody, PersonaPatch, RollbackBody)
+_BODIES = (ChatBody, CompletionBody, PersonaBody, PersonaPatch, RollbackBody, WarmBody)
 _SERVED_ANEW = frozenset({"published", "serving"})
 
 
@@ -92,13 +92,13 @@ async def _running(
     async with AsyncExitStack() as stack:
         registry = await asyncio.to_thread(SQLiteRegistry, settings.data_dir / REGISTRY_FILE)
         stack.callback(registry.close)
-        warming: set[asyncio.Task[None]] = set()
+        replacing: set[asyncio.Task[None]] = set()
 
         def served_anew(event: Event) -> None:
             if state.backend is not None and event.type in _SERVED_ANEW:
-                task = asyncio.create_task(_warm(state, event))
-                warming.add(task)
-                task.add_done_callback(warming.discard)
+                task = asyncio.create_task(_replace_served(state, event))
+                replacing.add(task)
+                task.add_done_callback(replacing.discard)
 
         changes = ChangeFeed(registry, served_anew)
         files = PersonaFiles(settings.data_dir)
@@ -133,7 +133,7 @@ async def _serve_backend(
     try:
         async with open_backend(state, engine_factory) as backend:
             state.backend = backend
-            async with WorkerSupervisor(state.settings, state.registry, worker_command):
+            async with _warming(state, backend), WorkerSupervisor(state.settings, state.registry, worker_command):
                 await ended.wait()
             state.backend = None
     except MasqueradeError as error:
@@ -145,10 +145,22 @@ async def _serve_backend(
         on_failure(state.failure)
 
 
-async def _warm(state: ServerState, event: Event) -> None:
+@asynccontextmanager
+async def _warming(state: ServerState, backend: Backend) -> AsyncIterator[None]:
+    """Carry out the warmer's orders meanwhile."""
+    task = asyncio.create_task(state.warmer.run(backend))
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _replace_served(state: ServerState, event: Event) -> None:
     with suppress(MasqueradeError):  # deleted meanwhile, or a mask that the catalogue has already reported
         if (backend := state.backend) is not None:
-            await asyncio.to_thread(warm, backend, state, event)
+            await asyncio.to_thread(replace_served, backend, state, event)
+            state.warmer.order(event.persona_id)
 
 
 def _busy(state: ServerState) -> bool:

@@ -19,23 +19,28 @@ from masquerade_server.state import Backend, ChatEngine, EngineFactory, ServerSt
 
 if TYPE_CHECKING:
     from masquerade_engine.base import Base
-    from masquerade_masks.registry import Event
+    from masquerade_masks.registry import Event, Persona
     from masquerade_server.settings import Settings
 
 log = logging.getLogger("masquerade.backend")
 
-WARM_AT_START = 16  # personas whose weights are prepared before anyone asks
+WARM_AT_START = 16  # personas whose weights, and then prompts, are prepared before anyone asks
 
 
 @asynccontextmanager
 async def open_engine(base: Base, settings: Settings) -> AsyncIterator[ChatEngine]:
     """The real engine."""
     from masquerade_engine import AsyncEngine, EngineSettings  # noqa: PLC0415  (torch: seconds of import)
+    from masquerade_engine.settings import MIB, Quantization  # noqa: PLC0415
 
     wanted = EngineSettings(
         max_num_seqs=settings.max_num_seqs,
         max_model_len=settings.max_model_len,
         max_queue=settings.max_queue,
+        kv_cache_bytes=settings.kv_cache_mb * MIB,
+        prefix_cache_bytes=settings.prefix_cache_mb * MIB,
+        pack_cache_bytes=settings.pack_cache_mb * MIB,
+        quantization=cast(Quantization, settings.quantization),
     )
     async with AsyncEngine(base, wanted) as engine:
         yield cast(ChatEngine, engine)
@@ -54,13 +59,14 @@ async def open_backend(state: ServerState, engine_factory: EngineFactory) -> Asy
         catalogue = Catalogue(base, state.registry, state.files)
         backend = Backend(base, engine, catalogue, int(time.time()))
         await asyncio.to_thread(import_ready, base, state.registry, state.files, settings.data_dir, pruner_data())
-        await asyncio.to_thread(_warm_some, backend, state)
+        for persona in await asyncio.to_thread(_install_some, backend, state):
+            state.warmer.order(persona.id)  # their prompts: once chats are answered
         log.info("ready after %.1f s", time.monotonic() - started)
         yield backend
 
 
-def warm(backend: Backend, state: ServerState, event: Event) -> None:
-    """Prepare the version that an event says is served from now on, in place of the others; called in a thread."""
+def replace_served(backend: Backend, state: ServerState, event: Event) -> None:
+    """Install the version that an event says is served from now on, in place of the others; called in a thread."""
     persona = state.registry.get_persona(event.persona_id)
     serving = backend.catalogue.serving(persona).function
     for version in state.registry.list_versions(persona.id):
@@ -79,7 +85,10 @@ def _load_base(settings: Settings) -> Base:
     return load_base(settings.model, cache_dir=settings.cache_dir, dtype=settings.dtype, device=settings.device)
 
 
-def _warm_some(backend: Backend, state: ServerState) -> None:
+def _install_some(backend: Backend, state: ServerState) -> list[Persona]:
+    """Have the weights of the first `WARM_AT_START` personas prepared; which they are."""
     desk = PersonaDesk(backend, state.registry, state.files)
-    for persona in islice((one for one in desk.every() if one.version is not None), WARM_AT_START):
+    personas = list(islice((one for one in desk.every() if one.version is not None), WARM_AT_START))
+    for persona in personas:
         backend.engine.install(backend.catalogue.serving(persona).function)
+    return personas

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("masquerade.catalogue")
 
 DENSE = "dense"
-MAX_FUNCTIONS = 512  # 20 KB each with a mask alone on the bundled base, 0.5 MB with gains on an 8B one
+MAX_FUNCTIONS = 512  # with a mask alone 6 KB each on the bundled base, 58 KB on an 8B one; with gains there 0.5 MB
+MAX_COUNTED = 4096  # personas whose requests are counted; of more, the busier half
 _DAMAGE_RECHECK_S = 5.0  # a file put back in place serves again within this
 
 
@@ -86,19 +87,22 @@ class Catalogue:
     def resolve(self, model: str | None, persona: str | None = None) -> Target:
         """The target of a request's `model` and `persona` fields.
 
-        Raises `SettingError` where they contradict each other, `ModelNotFound` for an unknown or deleted
-        persona, version or selector.
+        Raises `SettingError` where they contradict each other, and what `target` raises.
         """
-        asked = _combined(model, persona, self._base.name)
+        found = self.target(_combined(model, persona, self._base.name))
+        if found.persona_id is not None:
+            self._count(found.persona_id)
+        return found
+
+    def target(self, asked: str) -> Target:
+        """What `asked` as a model would be served by. Raises `ModelNotFound`: unknown, deleted, or no such selector."""
         if asked == self._base.name:
             return Target(asked, self.base_function("default"))
         name = parse_model(asked)
         try:
-            target = self._persona_target(asked, name)
+            return self._persona_target(asked, name)
         except (PersonaNotFound, VersionNotFound) as error:
             raise ModelNotFound(asked, f"{error}; the base is {self._base.name!r}, GET /v1/models lists all") from error
-        self._num_requests[name.persona_id] += 1
-        return target
 
     def serving(self, persona: Persona) -> Serving:
         """What a chat with the persona is answered by right now."""
@@ -125,6 +129,12 @@ class Catalogue:
     def num_requests(self, persona_id: str) -> int:
         """Requests for a persona since the start."""
         return self._num_requests[persona_id]
+
+    def _count(self, persona_id: str) -> None:
+        with self._lock:
+            self._num_requests[persona_id] += 1
+            if len(self._num_requests) > MAX_COUNTED:
+                self._num_requests = Counter(dict(self._num_requests.most_common(MAX_COUNTED // 2)))
 
     def _persona_target(self, asked: str, name: ModelName) -> Target:
         persona = self._registry.get_persona(name.persona_id)

@@ -68,11 +68,12 @@ class InvalidBody(MasqueradeError):
 
 
 class ModelNotFound(MasqueradeError):
-    """`model` names neither the base nor a persona."""
+    """What was asked for as a model is neither the base nor a persona; `param` is the field that asked."""
 
-    def __init__(self, model: str, message: str) -> None:
+    def __init__(self, model: str, message: str, param: str = "model") -> None:
         super().__init__(message)
         self.model = model
+        self.param = param
 
 
 class RouteNotFound(MasqueradeError):
@@ -123,6 +124,14 @@ class GenerationFailed(MasqueradeError):
     """The engine ended a request with an error."""
 
 
+class DeadlineExceeded(MasqueradeError):
+    """The request's own deadline passed before its first token."""
+
+    def __init__(self, deadline_s: float) -> None:
+        super().__init__(f"no token came within the {deadline_s:g} s that deadline_s allows")
+        self.deadline_s = deadline_s
+
+
 @dataclass(frozen=True, slots=True)
 class Wire:
     """How an error class is answered."""
@@ -147,7 +156,7 @@ WIRE: dict[type[MasqueradeError], Wire] = {
     BaseMismatch: Wire(400, _REQUEST, "base_mismatch", "mask"),
     Unauthorized: Wire(401, "authentication_error", "invalid_api_key"),
     RouteNotFound: Wire(404, _REQUEST, "route_not_found"),
-    ModelNotFound: Wire(404, _REQUEST, "model_not_found", "model"),
+    ModelNotFound: Wire(404, _REQUEST, "model_not_found"),
     PersonaNotFound: Wire(404, _REQUEST, "persona_not_found"),
     VersionNotFound: Wire(404, _REQUEST, "version_not_found", "version"),
     NoMaskYet: Wire(404, _REQUEST, "no_mask_yet"),
@@ -164,11 +173,20 @@ WIRE: dict[type[MasqueradeError], Wire] = {
     UnsupportedModel: Wire(500, _SERVER, "unsupported_model"),
     NotReady: Wire(503, _SERVER, "not_ready"),
     EngineStopped: Wire(503, _SERVER, "engine_stopped"),
+    DeadlineExceeded: Wire(504, "deadline_exceeded", "deadline_exceeded", "deadline_s"),
     StorageFull: Wire(507, _SERVER, "storage_full"),
 }
 RETRY_WHILE_LOADING_S = 2
 # Official SDKs retry 408, 409, 429 and 5xx twice; where that is in vain, they are told so.
-_HOPELESS = (PersonaExists, JobConflict, StorageFull, DamagedFile, BaseNotFound, UnsupportedModel)
+_HOPELESS = (
+    PersonaExists,
+    JobConflict,
+    StorageFull,
+    DamagedFile,
+    DeadlineExceeded,
+    BaseNotFound,
+    UnsupportedModel,
+)
 
 
 def wire(error: MasqueradeError) -> Wire:

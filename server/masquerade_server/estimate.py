@@ -19,6 +19,7 @@ Json = dict[str, Any]
 log = logging.getLogger("masquerade.estimate")
 
 _TIMEOUT_S = 60.0  # nearly all of it is the import of torch, on a busy machine
+_MAX_KNOWN = 64  # kinds of sculpt: any sparsity is one of its own
 _UNKNOWN: Json = {"seconds": None, "memory_bytes": None}
 
 
@@ -38,6 +39,8 @@ class Estimator:
             if found is None:
                 return _UNKNOWN
             self._known[key] = _UNKNOWN | found
+            if len(self._known) > _MAX_KNOWN:
+                del self._known[next(iter(self._known))]
         return self._known[key]
 
     async def _ask(self, spec: Json) -> Json | None:

@@ -6,19 +6,22 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
 from masquerade_engine.requests import Request, SamplingParams, TokenOutput
-from masquerade_masks import EngineStopped, MasqueradeError, SettingError
-from masquerade_server.errors import GenerationFailed, PromptTooLong, error_body
+from masquerade_masks import MasqueradeError, SettingError
+from masquerade_server.choices import Outputs, outputs_of
+from masquerade_server.errors import PromptTooLong, error_body
 from masquerade_server.middleware import note
-from masquerade_server.openai_shapes import ReplyHead, ReplyShape, usage_of
+from masquerade_server.openai_shapes import Choice, ReplyHead, ReplyShape, usage_of
 from masquerade_server.sse import DONE, EventStream, event
+from masquerade_server.token_reports import TokenReports
 
 if TYPE_CHECKING:
     from masquerade_server.catalogue import Target
@@ -34,9 +37,9 @@ _HEADER_UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generation, ready to run."""
+    """The generations of one reply, ready to run."""
 
-    request: Request
+    requests: tuple[Request, ...]  # one a choice
     shape: ReplyShape
     stream: bool
     include_usage: bool
@@ -92,28 +95,46 @@ def new_generation(
     sampling: SamplingParams,
     shape: ReplyShape,
     stop_ids: frozenset[int],
+    headers: Mapping[str, str] | None = None,
 ) -> Generation:
-    """The engine's request and how its reply is worded."""
-    headers = {}
+    """The engine's requests and how their reply is worded. Raises `SettingError` for `n` and `best_of` at odds."""
+    told = dict(headers or {})
     if body.ignored:  # said where a developer looks: nothing else tells that a field had no effect
         names = [_HEADER_UNSAFE.sub("?", name)[:64] for name in body.ignored[:16]]
-        headers["x-masquerade-ignored"] = ", ".join(names)
-    request = Request(shape.head.id, tuple(prompt), target.function, sampling, priority=body.priority or 0)
-    return Generation(request, shape, bool(body.stream), body.include_usage, stop_ids, headers)
+        told["x-masquerade-ignored"] = ", ".join(names)
+    requests = tuple(
+        Request(
+            shape.head.id if index == 0 else f"{shape.head.id}-{index}",
+            tuple(prompt),
+            target.function,
+            _of_choice(sampling, index),
+            priority=body.priority or 0,
+            deadline_s=body.deadline_s,
+        )
+        for index in range(body.num_choices)
+    )
+    return Generation(requests, shape, bool(body.stream), body.include_usage, stop_ids, told)
+
+
+def _of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
+    """A choice's own draws: the first has those of a reply with no other."""
+    if sampling.seed is None or index == 0:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + index) & _SEED_BITS)
 
 
 async def answer(http: HttpRequest, engine: ChatEngine, generation: Generation) -> Response:
     """Run a generation. Its first token decides the status, so a full queue is a 429 for streams as well.
 
-    Raises what the engine raises before the first token. A client that goes away cancels its generation.
+    Raises what `outputs_of` raises before the first token. A client that goes away cancels every choice.
     """
-    outputs = engine.generate(generation.request)
+    outputs = outputs_of(engine, generation.requests)
     try:
         first = await until_disconnect(http, anext(outputs))
         if generation.stream:
-            chunks = _chunks(_all(first, outputs), generation, http)
-            return EventStream(chunks, generation.headers, source=outputs)
-        reply = await until_disconnect(http, _whole(_all(first, outputs), generation, http))
+            return EventStream(_chunks(first, outputs, generation, http), generation.headers, source=outputs)
+        async with aclosing(outputs):
+            reply = await until_disconnect(http, _whole(first, outputs, generation, http))
     except ClientGone:
         note(http.scope, "client gone")
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -147,73 +168,88 @@ async def _disconnected(http: HttpRequest) -> None:
         pass
 
 
-async def _all(first: TokenOutput, rest: AsyncGenerator[TokenOutput, None]) -> AsyncGenerator[TokenOutput, None]:
-    """Every output of a request. Raises where the engine ended it without an answer."""
-    output = first
-    try:
-        while True:
-            if output.finish_reason == "cancelled":
-                raise EngineStopped("the server is shutting down")
-            if output.finish_reason == "error":
-                raise GenerationFailed("the engine could not go on with this request; the server's log says more")
-            yield output
-            if output.finish_reason is not None:
-                return
-            output = await anext(rest)
-    finally:
-        await rest.aclose()
+@dataclass(slots=True)
+class _ChoiceProgress:
+    """One choice of a reply, as far as it has come."""
+
+    reports: TokenReports | None  # None: no logprobs were asked for
+    texts: list[str] = field(default_factory=list)
+    tokens: list[TokenOutput] = field(default_factory=list)
+    last: TokenOutput | None = None
+
+    def feed(self, output: TokenOutput) -> list[TokenOutput]:
+        """The tokens to report with the output's text."""
+        self.last = output
+        return [] if self.reports is None else self.reports.feed(output)
+
+    @property
+    def ended(self) -> TokenOutput:
+        """The last output of a choice that has ended."""
+        assert self.last is not None
+        return self.last
+
+    def finished(self) -> Choice:
+        reason = self.ended.finish_reason
+        assert reason is not None
+        return Choice("".join(self.texts), self.tokens, reason)
+
+
+def _choices(generation: Generation) -> list[_ChoiceProgress]:
+    bytes_of = generation.shape.bytes_of
+    return [
+        _ChoiceProgress(None if bytes_of is None else TokenReports(bytes_of, generation.stop_ids))
+        for _ in generation.requests
+    ]
+
+
+async def _all(first: tuple[int, TokenOutput], rest: Outputs) -> Outputs:
+    async with aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item
 
 
 async def _whole(
-    outputs: AsyncGenerator[TokenOutput, None],
-    generation: Generation,
-    http: HttpRequest,
+    first: tuple[int, TokenOutput], rest: Outputs, generation: Generation, http: HttpRequest
 ) -> dict[str, Any]:
-    texts, tokens = [], []
-    async for output in outputs:
-        texts.append(output.text)
-        tokens += _reported(output, generation)
-    _note_usage(http, output)
-    return generation.shape.whole("".join(texts), tokens, _finish_reason(output), usage_of(output))
+    choices = _choices(generation)
+    async with aclosing(_all(first, rest)) as outputs:
+        async for index, output in outputs:
+            choices[index].tokens += choices[index].feed(output)
+            choices[index].texts.append(output.text)
+    usage = usage_of([choice.ended for choice in choices])
+    _note_usage(http, usage)
+    return generation.shape.whole([choice.finished() for choice in choices], usage)
 
 
 async def _chunks(
-    outputs: AsyncGenerator[TokenOutput, None],
-    generation: Generation,
-    http: HttpRequest,
+    first: tuple[int, TokenOutput], rest: Outputs, generation: Generation, http: HttpRequest
 ) -> AsyncGenerator[bytes, None]:
-    """The stream of a reply: opening, pieces, ending, usage if asked for, `[DONE]`."""
-    for chunk in generation.shape.opening():
-        yield event(chunk)
+    """The stream of a reply: openings, the choices' pieces and endings as they come, usage if asked for, `[DONE]`."""
+    shape, choices = generation.shape, _choices(generation)
+    for index in range(len(choices)):
+        for chunk in shape.opening(index):
+            yield event(chunk)
     try:
-        async for output in outputs:
-            tokens = _reported(output, generation)
-            if output.text or tokens:
-                yield event(generation.shape.piece(output.text, tokens))
+        async with aclosing(_all(first, rest)) as outputs:
+            async for index, output in outputs:
+                tokens = choices[index].feed(output)
+                if output.text or tokens:
+                    yield event(shape.piece(index, output.text, tokens))
+                if output.finish_reason is not None:
+                    yield event(shape.ending(index, output.finish_reason))
     except MasqueradeError as error:  # the status line is gone: SDKs raise on an `error` key
         yield event(error_body(error))
     else:
-        yield event(generation.shape.ending(_finish_reason(output)))
+        usage = usage_of([choice.ended for choice in choices])
         if generation.include_usage:
-            yield event(generation.shape.usage_chunk(usage_of(output)))
-        _note_usage(http, output)
+            yield event(shape.usage_chunk(usage))
+        _note_usage(http, usage)
     yield DONE
 
 
-def _reported(output: TokenOutput, generation: Generation) -> list[TokenOutput]:
-    """The output as a token with a logprob, where those were asked for."""
-    if generation.request.sampling.logprobs is None or output.logprob is None:
-        return []
-    return [] if output.token_id is None or output.token_id in generation.stop_ids else [output]
-
-
-def _finish_reason(last: TokenOutput) -> str:
-    assert last.finish_reason is not None
-    return last.finish_reason
-
-
-def _note_usage(http: HttpRequest, last: TokenOutput) -> None:
-    note(http.scope, f"{last.num_prompt_tokens}+{last.num_output_tokens} tokens")
+def _note_usage(http: HttpRequest, usage: dict[str, Any]) -> None:
+    note(http.scope, f"{usage['prompt_tokens']}+{usage['completion_tokens']} tokens")
 
 
 def _or(value: float | None, default: float) -> float:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from masquerade_engine.requests import TokenOutput
+    from masquerade_server.token_bytes import TokenBytes
 
 Json = dict[str, Any]
-Decode = Callable[[int], str]  # a token id as text
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,30 +24,46 @@ class ReplyHead:
     system_fingerprint: str  # version and digest: SDKs hide headers
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One finished answer of a reply."""
+
+    text: str
+    tokens: Sequence[TokenOutput]  # where logprobs were asked for
+    finish_reason: str
+
+
 class ReplyShape(Protocol):
-    """How one of the two calls words a reply. Chunks come as opening, pieces, ending."""
+    """How one of the two calls words a reply. The chunks of each choice come as opening, pieces, ending."""
 
     @property
     def head(self) -> ReplyHead: ...
 
-    def opening(self) -> list[Json]: ...
+    @property
+    def bytes_of(self) -> TokenBytes | None:
+        """None: no logprobs were asked for."""
+        ...
 
-    def piece(self, text: str, tokens: Sequence[TokenOutput]) -> Json: ...
+    def opening(self, index: int) -> list[Json]: ...
 
-    def ending(self, finish_reason: str) -> Json: ...
+    def piece(self, index: int, text: str, tokens: Sequence[TokenOutput]) -> Json: ...
+
+    def ending(self, index: int, finish_reason: str) -> Json: ...
 
     def usage_chunk(self, usage: Json) -> Json: ...
 
-    def whole(self, text: str, tokens: Sequence[TokenOutput], finish_reason: str, usage: Json) -> Json: ...
+    def whole(self, choices: Sequence[Choice], usage: Json) -> Json: ...
 
 
-def usage_of(last: TokenOutput) -> Json:
-    """OpenAI's `usage` from a request's last output."""
+def usage_of(lasts: Sequence[TokenOutput]) -> Json:
+    """OpenAI's `usage` from the last output of every choice: their prompt is one and counts once."""
+    num_prompt = lasts[0].num_prompt_tokens
+    num_output = sum(last.num_output_tokens for last in lasts)
     return {
-        "prompt_tokens": last.num_prompt_tokens,
-        "completion_tokens": last.num_output_tokens,
-        "total_tokens": last.num_prompt_tokens + last.num_output_tokens,
-        "prompt_tokens_details": {"cached_tokens": last.num_cached_tokens},
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": min(last.num_cached_tokens for last in lasts)},
     }
 
 
@@ -55,48 +72,48 @@ class ChatShape:
     """`chat.completion` and `chat.completion.chunk`."""
 
     head: ReplyHead
-    decode: Decode | None  # None: no logprobs were asked for
+    bytes_of: TokenBytes | None
     include_usage: bool = False
 
-    def opening(self) -> list[Json]:
+    def opening(self, index: int) -> list[Json]:
         """The role chunk."""
-        return [self._chunk({"role": "assistant", "content": ""}, None, None)]
+        return [self._chunk(index, {"role": "assistant", "content": ""}, None, None)]
 
-    def piece(self, text: str, tokens: Sequence[TokenOutput]) -> Json:
-        return self._chunk({"content": text}, self._logprobs(tokens), None)
+    def piece(self, index: int, text: str, tokens: Sequence[TokenOutput]) -> Json:
+        return self._chunk(index, {"content": text}, self._logprobs(tokens), None)
 
-    def ending(self, finish_reason: str) -> Json:
-        return self._chunk({}, None, finish_reason)
+    def ending(self, index: int, finish_reason: str) -> Json:
+        return self._chunk(index, {}, None, finish_reason)
 
     def usage_chunk(self, usage: Json) -> Json:
         return _object(self.head, "chat.completion.chunk") | {"choices": [], "usage": usage}
 
-    def whole(self, text: str, tokens: Sequence[TokenOutput], finish_reason: str, usage: Json) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {
-            "index": 0,
-            "message": message,
-            "logprobs": self._logprobs(tokens),
-            "finish_reason": finish_reason,
-        }
-        return _object(self.head, "chat.completion") | {"choices": [choice], "usage": usage}
+    def whole(self, choices: Sequence[Choice], usage: Json) -> Json:
+        worded = [self._choice(index, choice) for index, choice in enumerate(choices)]
+        return _object(self.head, "chat.completion") | {"choices": worded, "usage": usage}
 
-    def _chunk(self, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _choice(self, index: int, choice: Choice) -> Json:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice.tokens),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         chunk = _object(self.head, "chat.completion.chunk") | {"choices": [choice]}
         return chunk | {"usage": None} if self.include_usage else chunk
 
     def _logprobs(self, tokens: Sequence[TokenOutput]) -> Json | None:
-        if self.decode is None:
+        if self.bytes_of is None:
             return None
-        return {"content": [self._token(one) for one in tokens], "refusal": None}
+        return {"content": [self._token(one, self.bytes_of) for one in tokens], "refusal": None}
 
-    def _token(self, output: TokenOutput) -> Json:
-        assert self.decode is not None
-        assert output.token_id is not None
-        assert output.logprob is not None
-        alternatives = [_logprob(self.decode(token), logprob) for token, logprob in output.top_logprobs]
-        return _logprob(self.decode(output.token_id), output.logprob) | {"top_logprobs": alternatives}
+    def _token(self, output: TokenOutput, bytes_of: TokenBytes) -> Json:
+        token_id, logprob = _sampled(output)
+        alternatives = [_logprob(bytes_of(other), value) for other, value in output.top_logprobs]
+        return _logprob(bytes_of(token_id), logprob) | {"top_logprobs": alternatives}
 
 
 @dataclass(slots=True)
@@ -104,44 +121,46 @@ class CompletionShape:
     """`text_completion`, whole and as chunks; counts characters for `text_offset`."""
 
     head: ReplyHead
-    decode: Decode | None
+    bytes_of: TokenBytes | None
     include_usage: bool = False
-    _offset: int = 0
+    _offsets: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # by choice
 
-    def opening(self) -> list[Json]:
+    def opening(self, index: int) -> list[Json]:
         """Text completions have no role chunk."""
         return []
 
-    def piece(self, text: str, tokens: Sequence[TokenOutput]) -> Json:
-        return self._chunk(text, self._logprobs(tokens), None)
+    def piece(self, index: int, text: str, tokens: Sequence[TokenOutput]) -> Json:
+        return self._chunk(_text_choice(index, text, self._logprobs(index, tokens), None))
 
-    def ending(self, finish_reason: str) -> Json:
-        return self._chunk("", None, finish_reason)
+    def ending(self, index: int, finish_reason: str) -> Json:
+        return self._chunk(_text_choice(index, "", None, finish_reason))
 
     def usage_chunk(self, usage: Json) -> Json:
         return _object(self.head, "text_completion") | {"choices": [], "usage": usage}
 
-    def whole(self, text: str, tokens: Sequence[TokenOutput], finish_reason: str, usage: Json) -> Json:
-        choice = _text_choice(text, self._logprobs(tokens), finish_reason)
-        return _object(self.head, "text_completion") | {"choices": [choice], "usage": usage}
+    def whole(self, choices: Sequence[Choice], usage: Json) -> Json:
+        worded = [
+            _text_choice(index, one.text, self._logprobs(index, one.tokens), one.finish_reason)
+            for index, one in enumerate(choices)
+        ]
+        return _object(self.head, "text_completion") | {"choices": worded, "usage": usage}
 
-    def _chunk(self, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
-        chunk = _object(self.head, "text_completion") | {"choices": [_text_choice(text, logprobs, finish_reason)]}
+    def _chunk(self, choice: Json) -> Json:
+        chunk = _object(self.head, "text_completion") | {"choices": [choice]}
         return chunk | {"usage": None} if self.include_usage else chunk
 
-    def _logprobs(self, tokens: Sequence[TokenOutput]) -> Json | None:
-        if self.decode is None:
+    def _logprobs(self, index: int, tokens: Sequence[TokenOutput]) -> Json | None:
+        if self.bytes_of is None:
             return None
         texts, offsets = [], []
         for one in tokens:
-            assert one.token_id is not None
-            texts.append(self.decode(one.token_id))
-            offsets.append(self._offset)
-            self._offset += len(texts[-1])
+            texts.append(token_text(self.bytes_of(_sampled(one)[0])))
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(texts[-1])
         return {
             "tokens": texts,
             "token_logprobs": [one.logprob for one in tokens],
-            "top_logprobs": [{self.decode(token): logprob for token, logprob in one.top_logprobs} for one in tokens],
+            "top_logprobs": [_ranked(one, self.bytes_of) for one in tokens],
             "text_offset": offsets,
         }
 
@@ -168,14 +187,28 @@ def _object(head: ReplyHead, kind: str) -> Json:
     }
 
 
-def _text_choice(text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
-    return {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+def token_text(token: bytes) -> str:
+    """A token as text; one that is a part of a character, which no string holds, as the replacement character."""
+    return token.decode("utf-8", "replace")
 
 
-def _logprob(token: str, logprob: float) -> Json:
-    # A token may be a part of a character, which no string holds; its bytes are then unknown.
-    return {
-        "token": token,
-        "logprob": logprob,
-        "bytes": None if "\ufffd" in token else list(token.encode()),
-    }
+def _text_choice(index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _logprob(token: bytes, logprob: float) -> Json:
+    return {"token": token_text(token), "logprob": logprob, "bytes": list(token)}
+
+
+def _ranked(output: TokenOutput, bytes_of: TokenBytes) -> Json:
+    """Text to log-probability of the likeliest tokens and, whether or not it is one of them, the sampled one."""
+    ranked: Json = {}
+    for token_id, logprob in (*output.top_logprobs, _sampled(output)):
+        ranked.setdefault(token_text(bytes_of(token_id)), logprob)  # of two that read alike, the likelier
+    return ranked
+
+
+def _sampled(output: TokenOutput) -> tuple[int, float]:
+    assert output.token_id is not None
+    assert output.logprob is not None
+    return output.token_id, output.logprob

@@ -118,9 +118,15 @@ class PersonaDesk:
         return self._registry.update_persona(persona_id, flagged=True) if self._differs_from_mask(persona) else persona
 
     def delete(self, persona_id: str) -> None:
-        """Gone, with its job and files; requests in flight finish. Raises `PersonaNotFound`."""
+        """Gone, with its job, files and what the engine holds of it; requests in flight finish.
+
+        Raises `PersonaNotFound`.
+        """
+        versions = self._registry.list_versions(persona_id)
         self._registry.delete_persona(persona_id)
         self._files.remove(persona_id)
+        for version in versions:
+            self._engine.forget(version.digest)
 
     def cancel(self, persona_id: str) -> Job:
         """Stop the sculpt. Raises `JobConflict` where there is none to stop."""

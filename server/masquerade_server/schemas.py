@@ -17,6 +17,9 @@ MAX_MESSAGES = 4096
 MAX_SPARSITY = 0.9
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1000
+MAX_CHOICES = 16
+MAX_DEADLINE_S = 3600.0
+MAX_WARM_IDS = 256
 ID_PATTERN = r"^[a-z0-9][a-z0-9-]{0,62}$"
 Preset = Literal["smoke", "default", "thorough"]
 
@@ -105,6 +108,16 @@ class RollbackBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     version: Annotated[int, Field(strict=True, ge=1)] | None = None  # None: the one before
+
+
+class WarmBody(BaseModel):
+    """`POST /personas/warm`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    # What `model` takes: a persona's id, `id@3` or `id@dense`.
+    ids: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_WARM_IDS)]
+    pin: Flag = False  # kept until another version is served in its place
 
 
 # --- chat and completions -----------------------------------------------------------------------------------
@@ -204,6 +217,18 @@ class GenerationBody(BaseModel):
     min_tokens: Annotated[int, Field(ge=0)] | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Field(ge=0, le=1)] | None = None  # 0: a player waits; 1: ambient chatter
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: int | None = None
+    # Seconds from the request's arrival; without a token by then it is an error, after it the reply ends there.
+    deadline_s: Annotated[float, Field(gt=0, le=MAX_DEADLINE_S, allow_inf_nan=False)] | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to give. Raises `SettingError` for a `best_of` that would have more made than given."""
+        number = self.n or 1
+        if self.best_of not in (None, number):
+            raise SettingError("best_of", f"must be n ({number}) or left out: every answer that is made is given")
+        return number
 
     @property
     def include_usage(self) -> bool:
@@ -232,6 +257,7 @@ class ChatBody(GenerationBody):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    truncation: Literal["disabled", "auto"] | None = None  # auto: the oldest turns are dropped where all do not fit
 
     @property
     def wanted_tokens(self) -> tuple[str, int | None]:
@@ -293,15 +319,12 @@ def _same(value: Any, neutral: Any) -> bool:
     return type(value) is type(neutral) and bool(value == neutral)  # True is no 1
 
 
-_ONE = Refusal("must be 1: send the request again for another answer", (1, 1.0))
 _NO_TOOLS = Refusal("is not supported: this server has no tools", ([], {}, "none", "auto"))
 _NO_GRAMMAR = Refusal("is not supported: output cannot be constrained to a grammar or schema", ([], {}, ""))
 _NO_TOKEN_SETS = Refusal("is not supported", ([], {}))
 _NO_TEMPLATE = Refusal("is not supported: the base's own chat template is always used", ("", {}))
 
 REFUSED: dict[str, Refusal] = {
-    "n": _ONE,
-    "best_of": _ONE,
     "use_beam_search": Refusal("is not supported", (False,)),
     "length_penalty": Refusal("is not supported", (1, 1.0)),
     "echo": Refusal("is not supported: the prompt is not repeated", (False,)),
@@ -328,6 +351,8 @@ REFUSED: dict[str, Refusal] = {
     "allowed_token_ids": _NO_TOKEN_SETS,
     "prompt_logprobs": Refusal("is not supported", (0, False)),
     "prompt_embeds": Refusal("is not supported"),
+    "max_completion_tokens": Refusal("is a field of chats: here it is max_tokens"),
+    "truncation": Refusal("is for chats: a text is never cut", ("disabled",)),
     "truncate_prompt_tokens": Refusal("is not supported: a prompt is never cut silently", (-1,)),
     "include_stop_str_in_output": Refusal("is not supported", (False,)),
     "skip_special_tokens": Refusal("must be true", (True,)),

@@ -39,9 +39,13 @@ class Settings:
     model: str = "smollm2-135m-instruct"
     dtype: str = "auto"
     device: str = "auto"
+    quantization: str = "none"  # of the weights that are served
     max_num_seqs: int = 32
     max_model_len: int | None = None  # tokens; None: the base's own context length
     max_queue: int = 256
+    kv_cache_mb: int = 8192  # MiB: keys and values of the chats that run
+    prefix_cache_mb: int = 512  # MiB: those of prompts that may come again
+    pack_cache_mb: int = 512  # MiB: weights of busy personas and casts
     api_key: str | None = field(default=None, repr=False)
     workers: int = 1  # sculpt worker processes: 0 or 1
     threads: int = 0  # of the engine; 0: every core this process may use
@@ -155,9 +159,13 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "model": _text,
     "dtype": _one_of("auto", "bf16", "bfloat16", "fp32", "float32"),
     "device": _one_of("auto", "cpu", "cuda"),
+    "quantization": _one_of("none", "int8"),
     "max_num_seqs": _integer(1, 4096),
     "max_model_len": _integer(16, 10_000_000, " (tokens)"),
     "max_queue": _integer(1, 100_000),
+    "kv_cache_mb": _integer(1, 10_000_000, " (MiB)"),
+    "prefix_cache_mb": _integer(0, 10_000_000, " (MiB)"),
+    "pack_cache_mb": _integer(0, 10_000_000, " (MiB)"),
     "api_key": _text,
     "workers": _integer(0, 1, " (sculpt worker processes beside this server)"),
     "threads": _integer(0, 1024, " (0: every core)"),

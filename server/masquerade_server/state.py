@@ -13,10 +13,11 @@ from starlette.requests import Request as HttpRequest
 
 from masquerade_masks import MasqueradeError
 from masquerade_server.errors import NotReady
+from masquerade_server.warming import BackgroundWarmer
 
 if TYPE_CHECKING:
     from masquerade_engine.base import Base
-    from masquerade_engine.requests import PersonaFunction, Request, TokenOutput
+    from masquerade_engine.requests import PersonaFunction, Request, TokenOutput, Warmed
     from masquerade_masks.registry import Registry
     from masquerade_masks.store import PersonaFiles
     from masquerade_server.catalogue import Catalogue
@@ -30,6 +31,13 @@ class ChatEngine(Protocol):
 
     def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         """Raises `QueueFull`, `ContextTooLong`, `EngineStopped` before its first output."""
+        ...
+
+    async def warm(self, function: PersonaFunction, prompt: tuple[int, ...], *, pin: bool = False) -> Warmed:
+        """`install`, and compute a prompt's KV, behind everyone who waits; cancelling it stops that.
+
+        Raises what `generate` raises, and `SettingError` where no more may be pinned.
+        """
         ...
 
     def install(self, function: PersonaFunction) -> None: ...
@@ -67,6 +75,7 @@ class ServerState:
     files: PersonaFiles
     changes: ChangeFeed
     estimator: Estimator
+    warmer: BackgroundWarmer = field(default_factory=BackgroundWarmer)
     backend: Backend | None = None
     failure: MasqueradeError | None = None  # why there will be no backend
     closing: asyncio.Event = field(default_factory=asyncio.Event)

@@ -11,6 +11,7 @@ import pytest
 from masquerade_client import (
     APIConnectionError,
     ChatCompletion,
+    Choice,
     InvalidResponse,
     Message,
     Model,
@@ -35,8 +36,8 @@ def sse(*payloads: Any) -> bytes:
     ).encode()
 
 
-def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+def chunk(delta: dict[str, Any], finish_reason: str | None = None, index: int = 0) -> dict[str, Any]:
+    choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
     return HEAD | {"object": "chat.completion.chunk", "choices": [choice], "usage": None}
 
 
@@ -50,7 +51,8 @@ def test_a_whole_reply(client_of: Any) -> None:
     choice = {"index": 0, "message": {"role": "assistant", "content": "Aye."}, "finish_reason": "stop"}
     client = client_of(lambda _: httpx.Response(200, json=HEAD | {"choices": [choice], "usage": USAGE}))
     reply = client.call(lambda c: c.chat.complete("mira@dense", "Hello?", max_tokens=9, stop=["\n"], temperature=None))
-    assert reply == ChatCompletion("c-1", "mira", "Aye.", "stop", Usage(7, 2, 9, 5), 1, "v1-abc")
+    choices = (Choice(0, "Aye.", "stop"),)
+    assert reply == ChatCompletion("c-1", "mira", "Aye.", "stop", Usage(7, 2, 9, 5), 1, "v1-abc", choices=choices)
     (request,) = client.requests
     assert request.url == "http://test/v1/chat/completions"
     assert json.loads(request.content) == {
@@ -92,6 +94,56 @@ def test_a_streamed_reply(client_of: Any, pieces: Any) -> None:
     assert stream.closed
     sent = json.loads(client.requests[0].content)
     assert (sent["stream"], sent["stream_options"], sent["seed"]) == (True, {"include_usage": True}, 3)
+
+
+def test_a_whole_reply_of_several_choices(client_of: Any) -> None:
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": text},
+            "logprobs": logprobs,
+            "finish_reason": "stop",
+        }
+        for index, (text, logprobs) in enumerate((("Aye.", {"content": []}), ("No.", None)))
+    ]
+    headers = {"x-masquerade-dropped-turns": "4"}
+    client = client_of(lambda _: httpx.Response(200, json=HEAD | {"choices": choices, "usage": USAGE}, headers=headers))
+    reply = client.call(lambda c: c.chat.complete("mira", "Hm?", n=2, deadline_s=2.5, truncation="auto"))
+    assert reply.choices == (Choice(0, "Aye.", "stop", {"content": []}), Choice(1, "No.", "stop"))
+    assert (reply.text, reply.logprobs, reply.dropped_turns) == ("Aye.", {"content": []}, 4)
+    sent = json.loads(client.requests[0].content)
+    assert (sent["n"], sent["deadline_s"], sent["truncation"]) == (2, 2.5, "auto")
+
+
+def test_a_streamed_reply_of_several_choices(client_of: Any, pieces: Any) -> None:
+    body = sse(
+        OPENING,
+        chunk({"role": "assistant", "content": ""}, index=1),
+        chunk({"content": "No"}, index=1),
+        chunk({"content": "Aye."}),
+        chunk({}, "stop"),
+        chunk({"content": ", no"}, index=1),
+        chunk({}, "length", index=1),
+        LAST,
+        "[DONE]",
+    )
+    headers = {"x-masquerade-dropped-turns": "2"}
+    client = client_of(lambda _: httpx.Response(200, stream=pieces(body), headers=headers))
+    chunks: list[Any] = []
+    reply = client.iterate(lambda c: c.chat.stream("mira", "Hm?", n=2), chunks)
+    assert [one.text for one in chunks if one.index == 1] == ["", "No", ", no", ""]
+    assert reply.choices == (Choice(0, "Aye.", "stop"), Choice(1, "No, no", "length"))
+    assert (reply.text, reply.finish_reason, reply.usage) == ("Aye.", "stop", Usage(7, 2, 9, 5))
+    assert reply.dropped_turns == 2
+
+
+def test_a_deadline_that_passed_is_not_tried_again(client_of: Any) -> None:
+    late = {"error": {"message": "no token came", "type": "deadline_exceeded", "code": "deadline_exceeded"}}
+    client = client_of(lambda _: httpx.Response(504, json=late, headers={"x-should-retry": "false"}))
+    with pytest.raises(ServerError) as caught:
+        client.call(lambda c: c.chat.complete("mira", "Hm?", deadline_s=0.1))
+    assert caught.value.code == "deadline_exceeded"
+    assert len(client.requests) == 1
 
 
 def test_leaving_early_closes_the_connection(client_of: Any, pieces: Any) -> None:

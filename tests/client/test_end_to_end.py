@@ -196,6 +196,11 @@ def test_everything_about_a_persona(town: Town, client: Masquerade) -> None:
     assert {"mira", "odo"} & {one.id for one in client.models.list()}
     assert client.models.get("odo@dense").id == "odo@dense"
     assert client.casts.overlap("isle").personas == ("odo",)
+    (warm,) = client.personas.warm(["odo"])
+    assert (warm.id, warm.version) == ("odo", 1)
+    assert warm.prompt_tokens > len(TEXT)  # a token is a byte
+    reply = client.chat.complete("odo", "Hm?", n=2, seed=1, max_tokens=4, ignore_eos=True)
+    assert [choice.index for choice in reply.choices] == [0, 1]
 
     mask = client.personas.download_mask("odo")
     assert client.personas.upload_mask("odo", mask).version == 2
@@ -246,6 +251,7 @@ def test_a_failed_and_a_cancelled_sculpt(town: Town, client: Masquerade) -> None
         (lambda c: c.chat.stream("mira", "Hi", max_tokens=0).result(), BadRequest, "max_tokens"),
         (lambda c: c.personas.upload_mask("mira", b"not a mask"), BadRequest, "mask"),
         (lambda c: c.personas.report("mira", version=9), NotFound, "version"),
+        (lambda c: c.personas.warm(["mira", "nobody"]), NotFound, "ids[1]"),
         (lambda c: c.personas.create(name="Mira", text="y", id="mira"), Conflict, "id"),
         (lambda c: c.personas.cancel("mira"), Conflict, None),
     ],

@@ -23,6 +23,7 @@ from masquerade_client import (
     SculptCancelled,
     SculptFailed,
     Version,
+    WarmPersona,
 )
 
 MASK = {"digest": "d1", "bytes": 5800, "kept": 1152, "intermediate_size": 1536}
@@ -297,6 +298,26 @@ def test_cancel(client_of: Any) -> None:
     idle = client_of(answering({"error": {"message": "not being sculpted", "code": "job_conflict"}}, 409))
     with pytest.raises(Conflict, match="not being sculpted"):
         idle.call(lambda c: c.personas.cancel("mira"))
+
+
+def test_warm(client_of: Any) -> None:
+    ready = {"id": "mira", "version": 1, "prompt_tokens": 170, "cached_tokens": 160, "residency": "compact"}
+    plain = ready | {"id": "plain", "version": None, "cached_tokens": 0, "residency": "dense"}
+    client = client_of(answering({"object": "list", "data": [ready, plain]}))
+    found = client.call(lambda c: c.personas.warm(["mira", "plain"], pin=True))
+    assert found == [WarmPersona("mira", 1, 170, 160, "compact"), WarmPersona("plain", None, 170, 0, "dense")]
+    (request,) = client.requests
+    assert (request.method, request.url.path) == ("POST", "/personas/warm")
+    assert json.loads(request.content) == {"ids": ["mira", "plain"], "pin": True}
+    gone = client_of(answering({"error": {"message": "no persona 'x'", "param": "ids[1]"}}, 404))
+    with pytest.raises(NotFound, match="'x'") as caught:
+        gone.call(lambda c: c.personas.warm(("mira", "x")))
+    assert caught.value.param == "ids[1]"
+
+
+def test_one_id_is_no_list_of_ids(client_of: Any) -> None:
+    with pytest.raises(TypeError, match="a list of persona ids"):
+        client_of(answering({})).call(lambda c: c.personas.warm("mira"))
 
 
 def test_delete(client_of: Any) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import uvicorn
 
 from masquerade_engine.base import Base
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
-from masquerade_engine.requests import PersonaFunction, Request, TokenOutput
+from masquerade_engine.requests import PersonaFunction, Request, TokenOutput, Warmed
 from masquerade_masks import FFNShape, Mask, SubNetwork
 from masquerade_masks.mask_file import MaskFile, MaskHeader
 from masquerade_server.app import create_app
@@ -75,6 +76,17 @@ class RunningServer:
         self.server.should_exit = True
         self.thread.join(WAIT_S)
         assert not self.thread.is_alive()
+
+
+@contextmanager
+def abandoned_post(running: RunningServer, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A POST by a client that leaves without its answer, at the end of the block."""
+    host, port = running.url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        yield connection
 
 
 Starter = Callable[..., RunningServer]
@@ -184,6 +196,9 @@ def add_version(running: RunningServer, persona_id: str, name: str, text: str, s
 # --- a scripted engine
 
 
+async def _at_once() -> None: ...
+
+
 @dataclass
 class ScriptedEngine:
     """An engine whose every output a test decides; it keeps what it was asked."""
@@ -195,6 +210,9 @@ class ScriptedEngine:
     closed: list[str] = field(default_factory=list)  # ids of requests whose iterator was closed or ended
     installed: list[str] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
+    warmed: list[tuple[str, tuple[int, ...], bool]] = field(default_factory=list)  # digest, prompt, whether pinned
+    warming: Callable[[], Awaitable[None]] = _at_once  # what warming takes
+    unwarmed: int = 0  # times that warming was cancelled
 
     async def generate(self, request: Request) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
@@ -203,6 +221,15 @@ class ScriptedEngine:
                 yield output
         finally:
             self.closed.append(request.id)
+
+    async def warm(self, function: PersonaFunction, prompt: tuple[int, ...], *, pin: bool = False) -> Warmed:
+        self.warmed.append((function.digest, prompt, pin))
+        try:
+            await self.warming()
+        except asyncio.CancelledError:
+            self.unwarmed += 1
+            raise
+        return Warmed(len(prompt), 0)
 
     def install(self, function: PersonaFunction) -> None:
         self.installed.append(function.digest)

@@ -131,7 +131,14 @@ def test_an_id_that_is_taken_and_one_that_is_the_bases(town: RunningServer) -> N
         ({"seed": 2**64}, "seed", "less than or equal"),
         ({"stop": [""]}, "stop", "1 to 1000 characters"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
-        ({"n": 2}, "n", "must be 1"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"n": 17}, "n", "less than or equal to 16"),
+        ({"n": 3, "best_of": 4}, "best_of", "must be n (3)"),
+        ({"best_of": 2}, "best_of", "must be n (1)"),
+        ({"deadline_s": 0}, "deadline_s", "greater than 0"),
+        ({"deadline_s": 3601}, "deadline_s", "less than or equal to 3600"),
+        ({"deadline_s": math.nan}, "deadline_s", "finite"),
+        ({"truncation": "middle"}, "truncation", "'disabled' or 'auto'"),
         ({"logit_bias": {"50256": -100}}, "logit_bias", "must be empty"),
         ({"tools": [{"type": "function"}]}, "tools", "no tools"),
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
@@ -166,7 +173,9 @@ def test_chat(town: RunningServer, fields: dict[str, Any], param: str, says: str
         ({"prompt": None}, "prompt", ""),
         ({"echo": True}, "echo", "not repeated"),
         ({"suffix": "x"}, "suffix", "not supported"),
-        ({"best_of": 2}, "best_of", "must be 1"),
+        ({"best_of": 2}, "best_of", "must be n (1)"),
+        ({"truncation": "auto"}, "truncation", "is for chats"),
+        ({"max_completion_tokens": 5}, "max_completion_tokens", "here it is max_tokens"),
         ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
     ],
@@ -247,6 +256,29 @@ def test_bodies_over_the_limit(town: RunningServer) -> None:
 
 def test_no_body_at_all(town: RunningServer) -> None:
     assert town.client.post("/v1/chat/completions").status_code == 415
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({}, "ids", "is required"),
+        ({"ids": []}, "ids", "at least 1"),
+        ({"ids": ["mira"] * 257}, "ids", "at most 256"),
+        ({"ids": "mira"}, "ids", "list"),
+        ({"ids": [3]}, "ids[0]", "string"),
+        ({"ids": ["mira", ""]}, "ids[1]", "at least 1 character"),
+        ({"ids": ["mira"], "pin": "yes"}, "pin", "boolean"),
+        ({"ids": ["mira"], "pinned": True}, "pinned", "did you mean 'pin'"),
+    ],
+)
+def test_warming(town: RunningServer, body: dict[str, Any], param: str, says: str) -> None:
+    check(town.client.post("/personas/warm", json=body), 400, param, says)
+
+
+@pytest.mark.parametrize("unknown", ["nobody", "mira@9", "mira@x", "../x"])
+def test_warming_what_is_not_there(town: RunningServer, unknown: str) -> None:
+    error = check(town.client.post("/personas/warm", json={"ids": ["mira", unknown]}), 404, "ids[1]")
+    assert error["code"] == "model_not_found"
 
 
 # --- routes and parameters

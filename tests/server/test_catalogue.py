@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,18 @@ def test_the_oldest_functions_are_forgotten(world: Any, monkeypatch: pytest.Monk
     assert catalogue.resolve("pip@1").function is first
     catalogue.resolve("pip@2")
     assert catalogue.resolve("pip@1").function is not first
+
+
+def test_requests_are_counted_for_the_busiest(world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue_module, "MAX_COUNTED", 4)
+    registry, _, catalogue = world
+    for number in range(6):
+        registry.create_persona(replace(registry.get_persona("pip"), id=f"p-{number}", version=None))
+    for model in ("pip", "pip@1", "pip@dense", "pip", *(f"p-{number}" for number in range(6))):
+        catalogue.resolve(model)
+        catalogue.target(model)  # looks, and is no request
+    assert catalogue.num_requests("pip") == 4
+    assert len(catalogue._num_requests) <= 4
 
 
 def test_fields_that_contradict_each_other(world: Any) -> None:

@@ -153,6 +153,10 @@ def test_a_life_from_the_command_line(run: Run, town: RunningServer, tmp_path: P
     mask = tmp_path / "witch.safetensors"
     assert run("personas", "download", "swamp-witch", str(mask), "--version", "1").exit_code == 0
     assert "version 1" in run("personas", "rollback", "swamp-witch", "1").output
+    warmed = run("personas", "warm", "swamp-witch", "swamp-witch@dense", "--pin")
+    assert warmed.exit_code == 0, warmed.output
+    assert "swamp-witch is ready: version 1, " in warmed.output
+    assert "swamp-witch@dense is ready: the unpruned base, " in warmed.output
     assert "version 3" in run("personas", "upload", "swamp-witch", str(mask)).output
     patched = run("personas", "update", "swamp-witch", "--name", "Nettie", "--no-sculpt")
     assert patched.exit_code == 0

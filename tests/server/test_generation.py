@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import socket
 import threading
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from running_server import (
     RunningServer,
     ScriptedEngine,
     Starter,
+    abandoned_post,
     one_word,
     settings_for,
     stream_chunks,
@@ -142,23 +142,20 @@ def test_held_back_text_makes_no_empty_chunks(start_server: Starter, settings: S
     assert [one["choices"][0]["delta"].get("content") for one in chunks] == ["", "Aye aye", "!", None]
 
 
+@pytest.mark.parametrize("n", [1, 4])
 @pytest.mark.parametrize("script", [endless, silent])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_cancels_its_generation(
-    start_server: Starter, settings: Settings, script: Any, stream: bool
+def test_a_client_that_leaves_cancels_every_choice(
+    start_server: Starter, settings: Settings, script: Any, stream: bool, n: int
 ) -> None:
     engine = ScriptedEngine(script)
     running = start_server(settings, engine.factory)
-    host, port = running.url.removeprefix("http://").split(":")
-    content = json.dumps(body(running, stream=stream)).encode()
-    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        wait_until(lambda: engine.requests, "the generation to begin")
+    with abandoned_post(running, "/v1/chat/completions", body(running, stream=stream, n=n)) as connection:
+        wait_until(lambda: len(engine.requests) == n, "the generations to begin")
         if stream and script is endless:
             assert connection.recv(10)
         assert not engine.closed
-    wait_until(lambda: engine.closed, "the generation to be closed")
+    wait_until(lambda: len(engine.closed) == n, "the generations to be closed")
 
 
 def test_the_real_engine_frees_what_a_leaving_client_held(town: RunningServer) -> None:
@@ -172,6 +169,105 @@ def test_the_real_engine_frees_what_a_leaving_client_held(town: RunningServer) -
         if left_early:
             return
     raise AssertionError("every reply ended before its client could leave")
+
+
+# --- several choices, and deadlines
+
+
+def ending(reason: str, *, after: int = 0) -> Any:
+    """A script: some words, then an end without a token."""
+
+    async def script(request: Request) -> AsyncGenerator[TokenOutput, None]:
+        for number in range(1, after + 1):
+            yield token(request, "la ", number=number)
+        yield token(request, "", finish=reason, number=after, token_id=None)
+
+    return script
+
+
+def by_choice(*scripts: Any) -> Any:
+    """A script that runs another for each choice, told apart by its seed."""
+
+    def script(request: Request) -> AsyncGenerator[TokenOutput, None]:
+        assert request.sampling.seed is not None
+        chosen: AsyncGenerator[TokenOutput, None] = scripts[request.sampling.seed](request)
+        return chosen
+
+    return script
+
+
+def test_choices_reach_the_engine_as_requests_of_one_prompt(start_server: Starter, settings: Settings) -> None:
+    engine = ScriptedEngine(one_word)
+    running = start_server(settings, engine.factory)
+    last = 2**63 - 1
+    assert running.chat(running.base.name, n=3, seed=last, deadline_s=2.5).status_code == 200
+    assert [one.sampling.seed for one in engine.requests] == [last, 0, 1]
+    assert len({one.prompt for one in engine.requests}) == 1
+    assert len({one.id for one in engine.requests}) == 3
+    assert {one.deadline_s for one in engine.requests} == {2.5}
+    assert len(engine.closed) == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_refused_choice_refuses_the_reply_and_ends_the_others(
+    start_server: Starter, settings: Settings, stream: bool
+) -> None:
+    engine = ScriptedEngine(by_choice(silent, raising(QueueFull(256, 1.5)), silent))
+    running = start_server(settings, engine.factory)
+    response = running.chat(running.base.name, n=3, seed=0, stream=stream)
+    assert response.status_code == 429
+    assert sorted(engine.closed) == sorted(one.id for one in engine.requests)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_deadline_before_the_first_token(start_server: Starter, settings: Settings, stream: bool, n: int) -> None:
+    running = start_server(settings, ScriptedEngine(ending("deadline")).factory)
+    response = running.chat(running.base.name, stream=stream, n=n, deadline_s=0.25)
+    assert response.status_code == 504
+    error = response.json()["error"]
+    assert (error["type"], error["code"], error["param"]) == ("deadline_exceeded", "deadline_exceeded", "deadline_s")
+    assert "0.25 s" in error["message"]
+    assert response.headers["x-should-retry"] == "false"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_choice_that_was_late_beside_others_is_empty(start_server: Starter, settings: Settings, stream: bool) -> None:
+    scripts = by_choice(ending("deadline"), ending("length", after=2))
+    running = start_server(settings, ScriptedEngine(scripts).factory)
+    response = running.chat(running.base.name, stream=stream, n=2, seed=0, deadline_s=1)
+    assert response.status_code == 200
+    if not stream:
+        late, other = response.json()["choices"]
+        assert (late["message"]["content"], late["finish_reason"]) == ("", "length")
+        assert other["message"]["content"] == "la la "
+        assert response.json()["usage"]["completion_tokens"] == 2
+        return
+    endings = [one["choices"][0] for one in stream_chunks(response) if one["choices"][0]["finish_reason"]]
+    assert sorted((one["index"], one["finish_reason"]) for one in endings) == [(0, "length"), (1, "length")]
+
+
+@pytest.mark.parametrize(("finish", "code"), [("error", "generation_failed"), ("cancelled", "engine_stopped")])
+def test_an_error_before_the_first_token_has_a_status_in_streams_as_well(
+    start_server: Starter, settings: Settings, finish: str, code: str
+) -> None:
+    running = start_server(settings, ScriptedEngine(ending(finish)).factory)
+    for stream in (False, True):
+        response = running.chat(running.base.name, stream=stream)
+        assert response.status_code in (500, 503)
+        assert response.json()["error"]["code"] == code
+
+
+def test_the_real_engine_keeps_a_deadline(start_server: Starter, settings: Settings) -> None:
+    """One slot, taken by a long reply: the second request never has its turn."""
+    running = start_server(replace(settings, max_num_seqs=1))
+    long = body(running, stream=True, max_tokens=400, ignore_eos=True)
+    with running.client.stream("POST", "/v1/chat/completions", json=long) as first:
+        assert next(first.iter_bytes())
+        response = httpx.post(
+            f"{running.url}/v1/chat/completions", json=body(running, deadline_s=0.001, max_tokens=4), timeout=30
+        )
+    assert response.status_code == 504
 
 
 # --- before and after the backend

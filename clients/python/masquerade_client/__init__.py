@@ -28,6 +28,7 @@ from .errors import (
 from .options import Sampling, SculptOptions
 from .records import (
     ChatCompletion,
+    Choice,
     Chunk,
     Estimate,
     Event,
@@ -44,6 +45,7 @@ from .records import (
     Report,
     Usage,
     Version,
+    WarmPersona,
 )
 from .runners import AsyncStream, Stream
 
@@ -56,6 +58,7 @@ __all__ = [
     "AuthenticationError",
     "BadRequest",
     "ChatCompletion",
+    "Choice",
     "Chunk",
     "Conflict",
     "Estimate",
@@ -85,4 +88,5 @@ __all__ = [
     "Stream",
     "Usage",
     "Version",
+    "WarmPersona",
 ]

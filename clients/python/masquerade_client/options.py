@@ -34,6 +34,9 @@ class Sampling(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     priority: int  # 0: a player waits; 1: ambient chatter
+    n: int  # answers to one prompt, 1 to 16
+    deadline_s: float  # seconds to the first token, or the call fails; after it the reply ends there
+    truncation: Literal["disabled", "auto"]  # auto: drop the oldest turns of a conversation that is too long
 
 
 def checked(kind: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:

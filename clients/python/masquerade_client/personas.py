@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,7 +12,7 @@ from .decode import decode, listed
 from .errors import APIConnectionError, InvalidResponse, SculptCancelled, SculptFailed, ServerError
 from .flow import Call, Emit, Flow, Pause, RetryPolicy, open_stream, quietly, read_events, send
 from .options import SculptOptions, checked
-from .records import Estimate, Event, Example, Job, Persona, Report
+from .records import Estimate, Event, Example, Job, Persona, Report, WarmPersona
 from .sse import EventParser, ServerSentEvent
 from .wire import Request, segment
 
@@ -134,6 +134,18 @@ def cancel(persona_id: str) -> Call[Job]:
     """Stop the running or queued sculpt. Raises NotFound, Conflict (nothing to stop)."""
     payload = (yield from send(Request("POST", _path(persona_id, "/cancel")))).json()
     return decode(Job, payload.get("job") if isinstance(payload, dict) else payload)
+
+
+def warm(ids: Sequence[str], *, pin: bool = False) -> Call[list[WarmPersona]]:
+    """Make the prompts and weights of up to 256 personas ready, before a player reaches them; returns once they are.
+
+    An id may be `id@3` or `id@dense`. With `pin`, a prompt stays ready until another version is served in its place.
+    Leaving early stops what is left. Raises NotFound (nothing was warmed), BadRequest (no more can be pinned).
+    """
+    if isinstance(ids, str):  # a string is a sequence too
+        raise TypeError(f"ids is a list of persona ids, not {ids!r}")
+    payload = (yield from send(Request("POST", "/personas/warm", body={"ids": list(ids), "pin": pin}))).json()
+    return [decode(WarmPersona, one) for one in listed(payload)]
 
 
 def events(persona_id: str, *, after: int | None = None) -> Call[list[Event]]:

@@ -83,6 +83,17 @@ class Persona:
 
 
 @dataclass(frozen=True, slots=True)
+class WarmPersona:
+    """A persona that is ready to speak. `version` is None where the unpruned base speaks for it."""
+
+    id: str
+    version: int | None = None
+    prompt_tokens: int = 0  # that every chat with it begins with
+    cached_tokens: int = 0  # of these, ready before
+    residency: str | None = None  # "compact", "dense" or "none"
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """What a sculpt would take, from a dry run."""
 
@@ -158,8 +169,21 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """One answer of a reply with several."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    logprobs: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ChatCompletion:
-    """A whole reply. `finish_reason` is "stop" or "length"."""
+    """A whole reply. `text`, `finish_reason` and `logprobs` are those of the first choice, with `n=1` the only one.
+
+    `finish_reason` is "stop" or "length".
+    """
 
     id: str
     model: str
@@ -169,6 +193,8 @@ class ChatCompletion:
     created: int | None = None
     system_fingerprint: str | None = None  # version and digest that served it
     logprobs: Mapping[str, Any] | None = None
+    choices: tuple[Choice, ...] = ()
+    dropped_turns: int = 0  # of the conversation, to make it fit: see `truncation`
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +204,7 @@ class Chunk:
     id: str
     model: str
     text: str = ""
+    index: int = 0  # of the choice it belongs to
     finish_reason: str | None = None
     usage: Usage | None = None
     system_fingerprint: str | None = None

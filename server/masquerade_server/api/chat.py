@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends
@@ -20,9 +21,11 @@ from masquerade_server.generation import (
     token_budget,
 )
 from masquerade_server.middleware import note
-from masquerade_server.openai_shapes import ChatShape, CompletionShape, Decode
+from masquerade_server.openai_shapes import ChatShape, CompletionShape
 from masquerade_server.schemas import ChatBody, CompletionBody, screened_chat, screened_completion
 from masquerade_server.state import Backend, BackendDep
+from masquerade_server.token_bytes import TokenBytes, token_bytes
+from masquerade_server.truncation import fitted, prompt_limit
 
 if TYPE_CHECKING:
     from masquerade_engine.base import Base
@@ -42,19 +45,19 @@ async def chat_completions(
     """Chat with a persona (its id, `id@3` or `id@dense` as `model`), or with the base under its own name."""
     field, wanted = body.wanted_tokens
     logprobs = body.num_logprobs
-    target, prompt = await asyncio.to_thread(_chat_prompt, backend, body)
+    target, prompt, num_dropped = await asyncio.to_thread(_chat_prompt, backend, body)
     note(http.scope, f"{target.model} {target.fingerprint}")
     budget = token_budget(len(prompt), backend.engine.max_model_len, field, wanted, default=None)
     sampling = sampling_params(body, budget, logprobs)
     head = reply_head("chatcmpl", target)
-    shape = ChatShape(head, _decoder(backend.base, logprobs), body.include_usage)
     generation = new_generation(
         body=body,
         target=target,
         prompt=prompt,
         sampling=sampling,
-        shape=shape,
+        shape=ChatShape(head, _bytes_of(backend.base, logprobs), body.include_usage),
         stop_ids=backend.base.stop_token_ids,
+        headers={"x-masquerade-dropped-turns": str(num_dropped)} if num_dropped else None,
     )
     return await answer(http, backend.engine, generation)
 
@@ -72,23 +75,32 @@ async def completions(
     budget = token_budget(len(prompt), limit, "max_tokens", body.max_tokens, default=_COMPLETION_TOKENS)
     sampling = sampling_params(body, budget, body.logprobs)
     head = reply_head("cmpl", target)
-    shape = CompletionShape(head, _decoder(backend.base, body.logprobs), body.include_usage)
     generation = new_generation(
         body=body,
         target=target,
         prompt=prompt,
         sampling=sampling,
-        shape=shape,
+        shape=CompletionShape(head, _bytes_of(backend.base, body.logprobs), body.include_usage),
         stop_ids=backend.base.stop_token_ids,
     )
     return await answer(http, backend.engine, generation)
 
 
-def _chat_prompt(backend: Backend, body: ChatBody) -> tuple[Target, list[int]]:
-    """What serves the chat, and its tokens. Raises what `resolve` and `render_chat` raise."""
+def _chat_prompt(backend: Backend, body: ChatBody) -> tuple[Target, list[int], int]:
+    """What serves the chat, its tokens, and how many turns were dropped for them to fit.
+
+    Raises what `resolve` and `render_chat` raise.
+    """
     target = backend.catalogue.resolve(body.model, body.persona)
     messages = [ChatMessage(one.role, one.content) for one in body.messages]
-    return target, render_chat(backend.base.tokenizer, target.system_prompt, messages)
+
+    def render(messages: Sequence[ChatMessage]) -> list[int]:
+        return render_chat(backend.base.tokenizer, target.system_prompt, messages)
+
+    if body.truncation != "auto":
+        return target, render(messages), 0
+    _, wanted = body.wanted_tokens
+    return target, *fitted(messages, prompt_limit(backend.engine.max_model_len, wanted), render)
 
 
 def _text_prompt(backend: Backend, body: CompletionBody) -> tuple[Target, list[int]]:
@@ -103,8 +115,6 @@ def _text_prompt(backend: Backend, body: CompletionBody) -> tuple[Target, list[i
     return target, body.prompt
 
 
-def _decoder(base: Base, logprobs: int | None) -> Decode | None:
-    """How a token reads among the logprobs; None where none were asked for."""
-    if logprobs is None:
-        return None
-    return lambda token: str(base.tokenizer.decode([token]))
+def _bytes_of(base: Base, logprobs: int | None) -> TokenBytes | None:
+    """How tokens read among the logprobs; None where none were asked for."""
+    return None if logprobs is None else token_bytes(base.tokenizer)

@@ -36,7 +36,7 @@ def _all_models(state: ServerState, backend: Backend) -> list[dict[str, Any]]:
 
 
 def _one_model(model: str, state: ServerState, backend: Backend) -> dict[str, Any]:
-    target = backend.catalogue.resolve(model)
+    target = backend.catalogue.target(model)
     if target.persona_id is None:
         return _base(backend)
     return _persona(model, state.registry.get_persona(target.persona_id), backend)

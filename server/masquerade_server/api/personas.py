@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Query
+from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from masquerade_server.bodies import describe_body, json_body
+from masquerade_server.generation import CLIENT_CLOSED_REQUEST, ClientGone, until_disconnect
+from masquerade_server.middleware import note
 from masquerade_server.personas import PersonaDesk
-from masquerade_server.schemas import ID_PATTERN, PersonaBody, PersonaPatch, RollbackBody
+from masquerade_server.schemas import ID_PATTERN, PersonaBody, PersonaPatch, RollbackBody, WarmBody
 from masquerade_server.state import BackendDep, StateDep
 from masquerade_server.views import job_json, persona_json, urls
+from masquerade_server.warming import targets_of, warm_all
 
 router = APIRouter(prefix="/personas", tags=["personas"])
 
@@ -57,6 +61,23 @@ async def list_personas(
     """Personas by id; `next` is the `after` of the next page, null on the last."""
     page, cursor = await asyncio.to_thread(desk.page, limit, after, cast)
     return {"data": [persona_json(facts) for facts in page], "next": cursor}
+
+
+@router.post("/warm", openapi_extra=describe_body(WarmBody))
+async def warm_personas(
+    http: Request, backend: BackendDep, body: Annotated[WarmBody, Depends(json_body(WarmBody))]
+) -> Response:
+    """Make prompts and weights ready now (a player enters a town); answers once they are.
+
+    A client that goes away stops what is left of it.
+    """
+    targets = await asyncio.to_thread(targets_of, backend, body.ids)
+    try:
+        warmed = await until_disconnect(http, warm_all(backend, targets, pin=body.pin))
+    except ClientGone:
+        note(http.scope, "client gone")
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return JSONResponse({"object": "list", "data": [asdict(one) for one in warmed]})
 
 
 @router.get("/{persona_id}")

@@ -15,13 +15,14 @@ from masquerade_server.cli.persona_text import name_of, read_text
 from masquerade_server.cli.progress import SculptDisplay
 
 app = typer.Typer(
-    help="""The personas of a running server: list, show, create, change, watch, cancel, roll back, delete.
+    help="""The personas of a running server: list, show, create, change, watch, warm, roll back, delete.
 
     \b
     masquerade personas                                      list them
     masquerade personas create witch.txt --name "Old Nettie" sculpt one, with progress
     masquerade personas update witch --text witch-2.txt      a new version; the old one serves meanwhile
     masquerade personas rollback witch                       the version before
+    masquerade personas warm witch smith                     ready before a player comes
     """,
     invoke_without_command=True,
     rich_markup_mode="rich",
@@ -129,6 +130,19 @@ def rollback(
     with _client(context) as client:
         client.personas.rollback(persona, version)
     typer.echo(f"{persona} serves version {version}.")
+
+
+@app.command()
+def warm(
+    context: typer.Context,
+    personas: Annotated[list[str], typer.Argument(help="Ids; witch@3 and witch@dense are ids too.")],
+    pin: Annotated[bool, typer.Option("--pin", help="Keep them ready until another version is served.")] = False,
+) -> None:
+    """Make prompts and weights ready before anybody speaks to them."""
+    with _client(context) as client:
+        for one in client.personas.warm(personas, pin=pin):
+            serves = "the unpruned base" if one.version is None else f"version {one.version}"
+            typer.echo(f"{one.id} is ready: {serves}, {one.prompt_tokens} tokens ({one.cached_tokens} were before)")
 
 
 @app.command()

@@ -24,6 +24,19 @@ MaxLen = Annotated[
     typer.Option(help="Tokens of prompt and answer together (the base's own). [MASQUERADE_MAX_MODEL_LEN]"),
 ]
 MaxQueue = Annotated[int | None, typer.Option(help="Chats that may wait (256). [MASQUERADE_MAX_QUEUE]")]
+Quantization = Annotated[
+    str | None,
+    typer.Option(help="Of the weights: none, or int8, which is faster on the CPU (none). [MASQUERADE_QUANTIZATION]"),
+]
+KVCache = Annotated[
+    int | None, typer.Option(help="MiB for the running chats' keys and values (8192). [MASQUERADE_KV_CACHE_MB]")
+]
+PrefixCache = Annotated[
+    int | None, typer.Option(help="MiB for prompts that may come again (512). [MASQUERADE_PREFIX_CACHE_MB]")
+]
+PackCache = Annotated[
+    int | None, typer.Option(help="MiB for weights of busy personas and casts (512). [MASQUERADE_PACK_CACHE_MB]")
+]
 Key = Annotated[str | None, typer.Option(help="Ask every client for this bearer key. [MASQUERADE_API_KEY]")]
 Workers = Annotated[int | None, typer.Option(help="Sculpt workers beside the server, 0 or 1 (1). [MASQUERADE_WORKERS]")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine (every core). [MASQUERADE_THREADS]")]
@@ -38,9 +51,13 @@ def serve(
     model: options.Model = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    quantization: Quantization = None,
     max_num_seqs: MaxSeqs = None,
     max_model_len: MaxLen = None,
     max_queue: MaxQueue = None,
+    kv_cache_mb: KVCache = None,
+    prefix_cache_mb: PrefixCache = None,
+    pack_cache_mb: PackCache = None,
     api_key: Key = None,
     workers: Workers = None,
     threads: Threads = None,
@@ -65,9 +82,13 @@ def serve(
         model=model,
         dtype=dtype,
         device=device,
+        quantization=quantization,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         max_queue=max_queue,
+        kv_cache_mb=kv_cache_mb,
+        prefix_cache_mb=prefix_cache_mb,
+        pack_cache_mb=pack_cache_mb,
         api_key=api_key,
         workers=workers,
         threads=threads,
