@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from masquerade_masks import SettingError
 
-BLOCK = 16  # tokens; a shared prompt is reused up to its last whole block
+# Tokens; a shared prompt is reused up to its last whole block. Median time to the first token of a warmed prompt of 155
+# to 186 tokens and 30 more, SmolLM2 in bf16, one thread, 16 / 8: 66.5 / 64.2, 62.6 / 58.9, 62.7 / 58.4 ms; 4: no gain.
+BLOCK = 8
 
 Namespace = tuple[str, str]  # (digest, cast): KV is never shared across either
 _Key = tuple[Namespace | int, tuple[int, ...]]  # (parent block, or namespace at the root; the block's tokens)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from masquerade_engine import AsyncEngine, Base, EngineSettings, PersonaFunction, Request, SamplingParams, Warmed
+from masquerade_engine.prefix_index import BLOCK
 from masquerade_masks import ContextTooLong, EngineStopped, QueueFull, SettingError
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -157,7 +158,7 @@ async def test_warming_says_what_it_found(
     function = make_function(tiny_base, 1)
     assert await engine.warm(function, prompt_of(1, 50)) == Warmed(50, 0)
     assert await engine.warm(function, prompt_of(1, 50), pin=True) == Warmed(50, 48)
-    assert engine.stats().num_pinned_prefix_blocks == 3
+    assert engine.stats().num_pinned_prefix_blocks == 48 // BLOCK
     assert engine.residency(function.digest) != "none"
     outputs = [o async for o in engine.generate(Request("a", prompt_of(1, 50), function, GREEDY))]
     assert outputs[0].num_cached_tokens == 48

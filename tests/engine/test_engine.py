@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams, TokenOutput
+from masquerade_engine.prefix_index import BLOCK
 from masquerade_engine.sequence import Sequence
 from masquerade_kernels import CoefficientTable
 from masquerade_masks import (
@@ -118,7 +119,7 @@ def test_a_small_prefix_cache_under_pressure_never_gives_wrong_kv(
     requests = [Request(f"{i}", prompt_of(i % 3, 40) + prompt_of(i, 6), functions[i % 3], GREEDY) for i in range(24)]
     with Engine(tiny_base, EngineSettings(max_num_seqs=3, prefix_cache_bytes=0, pack_cache_bytes=0)) as engine:
         expected = engine.generate_all(requests)
-    block = 2 * 3 * 2 * 8 * 4 * 16  # bytes: K and V, layers, heads, head_dim, float32, tokens
+    block = 2 * 3 * 2 * 8 * 4 * BLOCK  # bytes: K and V, layers, heads, head_dim, float32, tokens
     with Engine(tiny_base, EngineSettings(max_num_seqs=3, prefix_cache_bytes=7 * block, pack_cache_bytes=0)) as engine:
         found = engine.generate_all(requests)
         assert engine.stats().num_cached_tokens > 0
@@ -329,7 +330,7 @@ def test_a_warmed_prompt_is_not_computed_again(
         (output,) = run_out(fresh)[warming]
         assert (output.finish_reason, output.token_id, output.num_prompt_tokens) == ("length", None, 50)
         assert fresh.residency(function.digest) != "none"
-        assert fresh.stats().num_pinned_prefix_blocks == fresh.stats().num_prefix_blocks == 3
+        assert fresh.stats().num_pinned_prefix_blocks == fresh.stats().num_prefix_blocks == 48 // BLOCK
         assert fresh.stats().num_prompt_tokens == 0
         fresh.add(Request("a", persona + prompt_of(2, 9), function, GREEDY))
         outputs = run_out(fresh)["a"]
@@ -345,12 +346,12 @@ def test_a_warmed_prompt_is_not_computed_again(
 def test_more_cannot_be_pinned_than_half_of_the_prefix_cache(
     tiny_base: Base, base_function: PersonaFunction, prompt_of: Prompt
 ) -> None:
-    block = 2 * 3 * 2 * 8 * 4 * 16  # bytes: K and V, layers, heads, head_dim, float32, tokens
+    block = 2 * 3 * 2 * 8 * 4 * BLOCK  # bytes: K and V, layers, heads, head_dim, float32, tokens
     with Engine(tiny_base, EngineSettings(max_num_seqs=1, prefix_cache_bytes=7 * block)) as engine:
         assert engine.stats().max_prefix_blocks == 7
-        engine.warm(base_function, prompt_of(1, 48), pin=True)
-        with pytest.raises(SettingError, match="48 tokens"):
-            engine.warm(base_function, prompt_of(2, 16), pin=True)
+        engine.warm(base_function, prompt_of(1, 3 * BLOCK), pin=True)
+        with pytest.raises(SettingError, match=f"{3 * BLOCK} tokens"):
+            engine.warm(base_function, prompt_of(2, BLOCK), pin=True)
 
 
 def test_requests_that_come_together_compute_their_persona_once(

@@ -10,6 +10,7 @@ import torch
 
 from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams
 from masquerade_engine.kv_cache import KVGeometry
+from masquerade_engine.prefix_index import BLOCK
 
 TOLERANCE = 1e-4  # on a logit, float32
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
@@ -29,7 +30,7 @@ def settings(tiny_base: Base) -> Callable[..., EngineSettings]:
             max_num_seqs=6,
             max_model_len=80,
             kv_cache_bytes=kv_tokens * bytes_per_token,
-            prefix_cache_bytes=num_blocks * 16 * bytes_per_token,
+            prefix_cache_bytes=num_blocks * BLOCK * bytes_per_token,
             pack_cache_bytes=0,
         )
 

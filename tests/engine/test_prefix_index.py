@@ -138,7 +138,7 @@ def test_at_most_half_of_the_cache_is_pinned_and_shared_blocks_count_once() -> N
     index.pin(HERE, tokens(3))
     index.pin(HERE, tokens(3))
     index.pin(HERE, [*tokens(2), *tokens(1, seed=1)])
-    with pytest.raises(SettingError, match="16 more tokens cannot be pinned: 64 are") as refused:
+    with pytest.raises(SettingError, match=f"{BLOCK} more tokens cannot be pinned: {4 * BLOCK} are") as refused:
         index.pin(("other", "cast"), tokens(1))
     assert refused.value.field == "pin"
     index.unpin(HERE)

@@ -237,7 +237,8 @@ def test_requests_that_come_together_share_the_prefix_of_the_first() -> None:
     for name in "abc":
         scheduler.add(make_sequence(name, 32))
     assert names(step(scheduler)[0]) == [("a", 0, 32)]
-    assert names(step(scheduler)[0]) == [("a", 32, 1), ("b", 16, 16), ("c", 16, 16)]
+    shared = 31 // BLOCK * BLOCK
+    assert names(step(scheduler)[0])[:2] == [("a", 32, 1), ("b", shared, 32 - shared)]
 
 
 def test_after_a_failure_nothing_runs_and_no_kv_is_trusted() -> None:
@@ -281,21 +282,22 @@ def test_a_players_prompt_goes_before_an_ambient_one_that_has_begun() -> None:
 
 
 def test_a_player_takes_the_slot_of_the_ambient_request_that_came_last() -> None:
-    scheduler = make_scheduler(num_blocks=8)
+    scheduler = make_scheduler(num_blocks=8, prefill_chunk=64)
+    num_prompt = BLOCK + 4
     for name in ("first", "last"):
-        scheduler.add(make_sequence(name, BLOCK + 4, priority=1, cast=name, max_tokens=9))
+        scheduler.add(make_sequence(name, num_prompt, priority=1, cast=name, max_tokens=9))
     step(scheduler)
     step(scheduler)
     scheduler.add(make_sequence("player", max_tokens=1))
     batch, outputs = step(scheduler)
-    assert names(batch) == [("first", 21, 1), ("player", 0, 5)]
-    assert [(store.slot, store.start, len(store.blocks)) for store in batch.stores] == [(1, 0, 1)]
+    assert names(batch) == [("first", num_prompt + 1, 1), ("player", 0, 5)]
+    assert batch.stores == ()  # its prompt's block was stored before, and no other is whole
     assert {output.request_id for output in outputs} == {"first", "player"}
     assert (scheduler.num_preempted, scheduler.num_waiting) == (1, 1)
     batch, outputs = step(scheduler)
-    assert names(batch) == [("first", 22, 1), ("last", BLOCK, 5)]
+    assert names(batch) == [("first", num_prompt + 2, 1), ("last", BLOCK, 6)]
     assert [load.slot for load in batch.loads] == [1]
-    assert [output.num_output_tokens for output in outputs] == [4, 2]
+    assert [output.num_output_tokens for output in outputs] == [4, 3]
     assert [output.num_cached_tokens for output in outputs] == [0, 0]  # what the first admission found
 
 
@@ -378,7 +380,7 @@ def test_what_is_read_in_a_step_is_not_overwritten_by_what_is_preempted_in_it() 
     scheduler = make_scheduler(num_blocks=2, prefill_chunk=64)
     scheduler.add(make_sequence("first", BLOCK + 1, max_tokens=1))
     run_out(scheduler)
-    scheduler.add(make_sequence("chatter", 10, priority=1, first=500, max_tokens=60))
+    scheduler.add(make_sequence("chatter", 5, priority=1, first=500, max_tokens=60))
     for _ in range(2 * BLOCK):
         step(scheduler)
     scheduler.add(make_sequence("reader", BLOCK + 1))
@@ -576,7 +578,7 @@ def test_a_player_who_waits_for_ambient_blocks_lends_its_urgency() -> None:
     assert names(step(scheduler)[0]) == [("stranger", 0, 32)]  # it was there before anybody waited for the chatter
     assert names(step(scheduler)[0]) == [("chatter", 32, 32)]
     batch, _ = step(scheduler)
-    assert names(batch) == [("chatter", 64, 1), ("stranger", 32, 28), ("player", 48, 4)]
+    assert names(batch) == [("chatter", 64, 1), ("stranger", 32, 28), ("player", 59 // BLOCK * BLOCK, 4)]
 
 
 def test_nobody_waits_for_blocks_of_another_cast() -> None:
@@ -629,7 +631,7 @@ def test_warming_gives_way_to_everybody() -> None:
     step(scheduler)
     scheduler.add(make_sequence("chatter", priority=1, max_tokens=1))
     assert names(step(scheduler)[0]) == [("chatter", 0, 5)]
-    assert names(step(scheduler)[0]) == [("warm", 2 * BLOCK, 32)]
+    assert names(step(scheduler)[0]) == [("warm", 32, 32)]
 
 
 def test_warming_takes_no_place_in_the_queue() -> None:
@@ -655,6 +657,6 @@ def test_a_pinned_prompt_survives_what_comes_after() -> None:
 
 def test_a_pin_without_room_is_refused_and_leaves_nothing() -> None:
     scheduler = make_scheduler(num_blocks=4)
-    with pytest.raises(SettingError, match="32 tokens"):
+    with pytest.raises(SettingError, match=f"{2 * BLOCK} tokens"):
         scheduler.add(make_sequence("warm", 3 * BLOCK, prefill_only=True, pin=True))
     assert not scheduler.has_work
