@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -390,6 +391,7 @@ def ffn_share(base: Base, rows: int, step_s: float, repeats: int) -> float:
 def main() -> None:
     """Sweep, run in turn, print, write."""
     options = _options()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # no orphans under `timeout`
     torch.set_num_threads(available_cores())
     base = load_base(options.model, cache_dir=options.cache_dir)
     wanted = [peer for peer in peers(options.formats) if not options.only or _matches(peer.name, options.only)]

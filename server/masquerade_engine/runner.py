@@ -62,6 +62,8 @@ class Runner:
         """Compute a batch: a token for each of `batch.sampling`, in that order."""
         for copy in batch.stores:
             self._kv.store(copy.slot, copy.start, copy.blocks)
+        for trim in batch.trims:
+            self._kv.trim(trim.slot, trim.start, trim.stop)
         for copy in batch.loads:
             self._kv.load(copy.slot, copy.start, copy.blocks)
         sampling = batch.sampling

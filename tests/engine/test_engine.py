@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams, TokenOutput
+from masquerade_engine.kv_cache import KVGeometry
 from masquerade_engine.prefix_index import BLOCK
 from masquerade_engine.sequence import Sequence
 from masquerade_kernels import CoefficientTable
@@ -442,3 +443,18 @@ def test_a_persona_that_was_served_once_leaves_next_to_nothing(
     assert grown / 400 < 2000  # bytes; a third of the bundled model's mask
     assert alive.count(SubNetwork) < 200
     assert alive.count(Sequence) == 0
+
+
+def test_a_slot_gives_the_memory_of_a_long_context_back(tiny_base: Base, prompt_of: Prompt) -> None:
+    base_function = PersonaFunction(f"base:{tiny_base.fingerprint}", "town")
+    bytes_per_token = KVGeometry.of(tiny_base.config, tiny_base.dtype).bytes_per_token
+    settings = EngineSettings(
+        max_num_seqs=1, max_model_len=512, kv_cache_bytes=512 * bytes_per_token, prefix_cache_bytes=0
+    )
+    with Engine(tiny_base, settings) as engine:
+        keys = engine.runner._kv.keys[0][0, 0]  # [max_len, head_dim] of the one slot's first head
+        run_out_one(engine, Request("long", prompt_of(1, 500), base_function, GREEDY))
+        assert keys[300:400].abs().sum() > 0
+        run_out_one(engine, Request("short", prompt_of(2, 5), base_function, GREEDY))
+        assert keys[300:400].abs().sum() == 0
+        assert keys[:5].abs().sum() > 0

@@ -227,6 +227,12 @@ def bench(url: str, *arguments: str) -> Any:
     return CliRunner().invoke(cli.app, ["bench", "--url", url, *arguments], env={"COLUMNS": "120"})
 
 
+def test_the_command_explains_itself() -> None:
+    result = CliRunner().invoke(cli.app, ["bench", "--help"])
+    assert result.exit_code == 0
+    assert "masquerade bench --warmup" in result.output  # an example
+
+
 def test_the_command_prints_the_fields_table(town: RunningServer, tmp_path: Path) -> None:
     path = tmp_path / "figures.json"
     size = ["--num-prompts", "6", "--concurrency", "3", "--input-len", "5", "--output-len", "4"]

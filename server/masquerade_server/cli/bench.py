@@ -76,9 +76,9 @@ def bench(
     """Measure a running server under load: throughput, TTFT, TPOT, ITL, E2EL, goodput.
 
     \b
-    masquerade bench --warmup                                   16 chats at once over all personas
-    masquerade bench --warmup --dense                           the same on the unpruned base
-    masquerade bench --request-rate 2 --popularity zipf --goodput "ttft:500 tpot:80"
+    masquerade bench --warmup           16 chats at once over all personas
+    masquerade bench --warmup --dense   the same on the unpruned base
+    masquerade bench --request-rate 2 --popularity zipf --goodput "ttft:500"
 
     TTFT is from sending a request to its first token, TPOT the mean time per token after it, ITL the time between two
     pieces of text, E2EL the whole reply. Exit status 1 where no request succeeded.
