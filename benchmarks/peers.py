@@ -8,7 +8,8 @@
 Peers: transformers' batched `generate`, transformers' continuous batching, PEFT's mixed-adapter batch (one LoRA of
 rank 16 a persona) on `generate`, and llama.cpp through node-llama-cpp on the GGUF that the bundled model comes from.
 Each runs in a process of its own with a thread for every core, loaded once and asleep while others run; its settings
-are the best of a small sweep. Rounds go through all runs in turn, and ratios are taken round by round.
+are the best of a small sweep (--no-sweep: of an earlier one). Rounds go through all runs in turn, and ratios are taken
+round by round.
 
 Warmed: every persona has been spoken to before, with other questions. Cold: personas that nobody has spoken to, their
 masks (adapters) being there. `generate`, and so PEFT on it, keeps nothing between calls: warm and cold are the same.
@@ -124,7 +125,7 @@ def peers(formats: Sequence[str]) -> list[Peer]:
         {"threads": threads, "batch_size": size, "flash_attention": flash}
         for threads in sorted({cores, max(1, cores - 1)}, reverse=True)
         for size in (512, 2048)
-        for flash in (False, True)
+        for flash in (True, False)
     )
     node = ("node", "llama_cpp.js")
     return [*made, Peer("llama.cpp", node, llama), Peer("llama.cpp, one stream", node, llama, streams=1)]
@@ -356,7 +357,7 @@ def best_worker(
     found: list[tuple[Settings, float]] = []
     best: tuple[float, ExitStack, Worker, Settings] | None = None
     why = "no setting runs"
-    for setting in peer.sweep[:1] if session.options.quick else peer.sweep:
+    for setting in peer.sweep[:1] if session.options.no_sweep else peer.sweep:
         own = ExitStack()
         try:
             worker = own.enter_context(session.worker(peer, setting))
@@ -436,6 +437,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="PEER", help="beginnings of names: ours generate PEFT llama ...")
     parser.add_argument("--rounds", type=int, default=7, help="through all runs in turn (%(default)s)")
     parser.add_argument("--tokens", type=int, default=64, help="to write in each stream (%(default)s)")
+    parser.add_argument("--no-sweep", action="store_true", help="the first setting of each: the best found so far")
     parser.add_argument("--quick", action="store_true", help="one round, the first setting of each sweep")
     parser.add_argument(
         "--formats", nargs="+", default=["none", "int8"], help="of this engine's weights; none is the bf16 of the peers"
@@ -445,7 +447,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="write the table here as well, as Markdown")
     options = parser.parse_args()
     if options.quick:
-        options.rounds = 1
+        options.rounds, options.no_sweep = 1, True
     return options
 
 
@@ -472,7 +474,7 @@ def _table(
         f"temperature {temperature:g}, top_p {top_p:g}. Masks keep {kept:.0%} each; the overlapping ones {union:.0%} "
         f"together. llama.cpp reads {_gguf_name(base)}.",
         "",
-        "| engine | settings: the best of its sweep |",
+        "| engine | settings |",
         "| --- | --- |",
         *(f"| {name} | {setting} |" for name, setting in chosen.items()),
         "",

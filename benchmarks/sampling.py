@@ -23,9 +23,8 @@ from machine import machine
 
 from masquerade_engine import PersonaFunction, Request, SamplingParams, load_base
 from masquerade_engine.detokenizer import Detokenizer
-from masquerade_engine.penalties import Histories
 from masquerade_engine.reference import reference_logits
-from masquerade_engine.sampler import sample
+from masquerade_engine.sampler import Sampler
 from masquerade_engine.sequence import Sequence
 from masquerade_engine.threads import available_cores
 
@@ -79,14 +78,14 @@ def new_sequences(settings: list[dict[str, Any]], rows: int, vocab: int, rng: ra
 
 
 def steps(settings: list[dict[str, Any]], batches: list[torch.Tensor], count: int, seed: int) -> Iterator[float]:
-    """Milliseconds of each of `count` steps; the first, which counts the histories, is left out."""
+    """Milliseconds of each of `count` steps; the first, which counts what was said before, is left out."""
     rows, vocab = batches[0].shape
     sequences = new_sequences(settings, rows, vocab, random.Random(seed))
-    histories = Histories()
+    sampler = Sampler(frozenset({2}))
     for step in range(count + 1):
         logits = batches[(seed + step) % len(batches)]
         start = time.perf_counter()
-        sampled = sample(logits, sequences, frozenset({2}), histories)
+        sampled = sampler.sample(logits, sequences)
         if step:
             yield 1e3 * (time.perf_counter() - start)
         for sequence, token in zip(sequences, sampled, strict=True):

@@ -31,8 +31,8 @@ from masquerade_engine import (
     SamplingParams,
     cpu_attention,
     load_base,
-    runner,
 )
+from masquerade_engine.sampler import Sampler
 from masquerade_engine.threads import available_cores
 from masquerade_kernels.linear import Int8Linear, PackedLinear
 from masquerade_kernels.rows import CompiledRows
@@ -67,7 +67,7 @@ def instrument(clock: Clock) -> None:
     attention = cpu_attention.CPUAttention
     attention._decode = clock.timed("attention", attention._decode)  # type: ignore[method-assign]
     attention._rotate_store = clock.timed("rotary and KV write", attention._rotate_store)  # type: ignore[method-assign]
-    runner.sample = clock.timed("sampling", runner.sample)
+    Sampler.sample = clock.timed("sampling", Sampler.sample)  # type: ignore[method-assign]
 
 
 def main() -> None:

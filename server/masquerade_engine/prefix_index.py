@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from masquerade_masks import SettingError
 
 # Tokens; a shared prompt is reused up to its last whole block. Median time to the first token of a warmed prompt of 155
-# to 186 tokens and 30 more, SmolLM2 in bf16, one thread, blocks of 16 and of 8 in turn: 66.5 and 64.2 ms, 62.6 and 58.9.
+# to 186 tokens and 30 more, SmolLM2, one thread, blocks of 16 and of 8 in turn: 66.5 and 64.2 ms, 62.6 and 58.9.
 BLOCK = 8
 
 Namespace = tuple[str, str]  # (digest, cast): KV is never shared across either

@@ -14,7 +14,7 @@ from masquerade_engine.decoder import Decoder, StepAttention
 from masquerade_engine.ffn_weights import CheckpointWeights, ModelWeights
 from masquerade_engine.kv_cache import KVCache, KVGeometry
 from masquerade_engine.pack_cache import PackCache, Resident
-from masquerade_engine.sampler import sample
+from masquerade_engine.sampler import Sampler
 from masquerade_engine.seams import persona_ffns
 from masquerade_engine.sequence import Batch, Chunk, SampledToken
 from masquerade_kernels.coefficients import BASE_ROW, CoefficientTable
@@ -42,7 +42,7 @@ class Runner:
         self, base: Base, *, num_slots: int, max_len: int, num_blocks: int, pack_cache_bytes: int, int8: bool = False
     ) -> None:
         self._device = base.device
-        self._stop_token_ids = base.stop_token_ids
+        self._sampler = Sampler(base.stop_token_ids)
         self._rows = row_ops(base.device, base.dtype)
         form = PackFormat(base.dtype, base.device, int8)
         model = base.build_model()
@@ -68,7 +68,7 @@ class Runner:
             self._kv.load(copy.slot, copy.start, copy.blocks)
         sampling = batch.sampling
         logits = self.logits(batch)
-        return sample(logits, sampling, self._stop_token_ids) if sampling else []
+        return self._sampler.sample(logits, sampling) if sampling else []
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:

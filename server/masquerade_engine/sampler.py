@@ -11,9 +11,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from masquerade_engine.penalties import Histories, penalise
 from masquerade_engine.requests import SamplingParams
@@ -34,27 +33,28 @@ class Sampler:
     def __init__(self, stop_token_ids: frozenset[int]) -> None:
         self._stop_token_ids = stop_token_ids
         self._histories = Histories()
-        self._scores = self._probs = torch.empty(0, 0)
+        self._scores = self._probs = torch.empty(0, 0)  # [most rows so far, vocab rounded up to whole blocks]
 
     def sample(self, logits: torch.Tensor, sequences: Rows[Sequence]) -> list[SampledToken]:
         """One token for each sequence from its row of `logits` `[num_sequences, vocab]`, which stay as they are.
 
         In order: penalties, then `min_tokens` bars the stop tokens, temperature, `min_p`, `top_k`, `top_p` (vLLM's).
         """
-        scores = self._rows_for(logits).copy_(logits)
-        reports = _Reports(scores, sequences)
+        num_rows, vocab = logits.shape
+        self._make_room(num_rows, -(-vocab // _BLOCK) * _BLOCK, logits.device)
+        scores = self._scores[:num_rows]
+        scores[:, :vocab] = logits
+        reports = _Reports(scores, sequences, vocab)
         penalise(scores, sequences, self._histories)
         _bar_stops(scores, sequences, self._stop_token_ids)
         return reports.of(self._chosen(scores, sequences))
 
-    def _rows_for(self, logits: torch.Tensor) -> torch.Tensor:
-        """Float32 rows of the logits' shape, out of the buffer."""
-        num_rows, vocab = logits.shape
-        kept_rows, kept_vocab = self._scores.shape
-        if num_rows > kept_rows or vocab != kept_vocab or logits.device != self._scores.device:
-            shape = max(num_rows, kept_rows), vocab
-            self._scores, self._probs = (torch.empty(shape, device=logits.device) for _ in range(2))
-        return self._scores[:num_rows]
+    def _make_room(self, num_rows: int, width: int, device: torch.device) -> None:
+        kept_rows, kept_width = self._scores.shape
+        if num_rows > kept_rows or width != kept_width or device != self._scores.device:
+            # What rounds the vocabulary up is never likely.
+            self._scores = torch.full((max(num_rows, kept_rows), width), -torch.inf, device=device)
+            self._probs = torch.empty_like(self._scores)
 
     def _chosen(self, scores: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
         """Int64 `[num_sequences]`: the likeliest token of greedy rows, a drawn one of the others."""
@@ -72,10 +72,15 @@ class Sampler:
         return tokens
 
     def _probabilities(self, scores: torch.Tensor, which: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-        """Float32 `[len(which), vocab]`, in the buffer of probabilities; changes the scores where all rows are meant."""
+        """Of the rows `which`, in the buffer of probabilities; the scores of a step where all draw are changed."""
         probs = self._probs[: len(which)]
         chosen = scores if len(which) == len(scores) else torch.index_select(scores, 0, which, out=probs)
         return torch.softmax(chosen.div_(temperature[:, None]), dim=-1, out=probs)
+
+
+def sample(logits: torch.Tensor, sequences: Rows[Sequence], stop_token_ids: frozenset[int]) -> list[SampledToken]:
+    """A single step of a `Sampler`."""
+    return Sampler(stop_token_ids).sample(logits, sequences)
 
 
 def _bar_stops(scores: torch.Tensor, sequences: Rows[Sequence], stop_token_ids: frozenset[int]) -> None:
@@ -89,8 +94,8 @@ def _bar_stops(scores: torch.Tensor, sequences: Rows[Sequence], stop_token_ids: 
 class _Reports:
     """Log-probabilities of the raw distribution, for the rows that asked."""
 
-    def __init__(self, scores: torch.Tensor, sequences: Rows[Sequence]) -> None:
-        """`scores` `[num_sequences, vocab]` before they are edited."""
+    def __init__(self, scores: torch.Tensor, sequences: Rows[Sequence], vocab: int) -> None:
+        """`scores` before they are edited."""
         self._num_top = {
             row: one.sampling.logprobs for row, one in enumerate(sequences) if one.sampling.logprobs is not None
         }
@@ -98,7 +103,7 @@ class _Reports:
             return
         rows = list(self._num_top)
         self._logprobs = (scores if len(rows) == len(sequences) else scores[rows]).log_softmax(dim=-1)
-        self._top = _likeliest(self._logprobs, min(max(self._num_top.values()), scores.shape[1]))
+        self._top = _likeliest(self._logprobs, min(max(self._num_top.values()), vocab))
 
     def of(self, tokens: torch.Tensor) -> list[SampledToken]:
         """The sampled tokens `[num_sequences]` with what was asked to be told of each."""
@@ -135,7 +140,7 @@ class _Drawing:
             torch.tensor([s.draws.random() for s in sequences], dtype=torch.float64, device=device),
         )
 
-    def rows(self, which: slice) -> _Drawing:
+    def rows(self, which: torch.Tensor) -> _Drawing:
         """Some of the rows."""
         return _Drawing(
             self.temperature[which], self.min_p[which], self.top_k[which], self.top_p[which], self.draw[which]
@@ -154,7 +159,7 @@ class _Drawing:
         return torch.where(self.top_p_alone, (1 - self.top_p) / vocab, self.min_p * greatest)
 
 
-_Draw = Callable[[torch.Tensor, _Drawing], torch.Tensor]  # from probabilities `[num_rows, vocab]` to int64 `[num_rows]`
+_Draw = Callable[[torch.Tensor, _Drawing], torch.Tensor]  # probabilities `[num_rows, width]` to tokens `[num_rows]`
 
 
 def _rows_by_draw(sequences: Rows[Sequence]) -> dict[_Draw, list[int]]:
@@ -171,9 +176,8 @@ def _is_bounded(sampling: SamplingParams) -> bool:
 
 
 def _draw_plain(probs: torch.Tensor, drawing: _Drawing) -> torch.Tensor:
-    """Invert the running sum of `[num_rows, vocab]` in vocabulary order: first among blocks, then within one."""
-    padding = -probs.shape[1] % _BLOCK
-    blocks = (F.pad(probs, (0, padding)) if padding else probs).view(len(probs), -1, _BLOCK)
+    """Invert the running sum in vocabulary order: first among blocks, then within one."""
+    blocks = probs.view(len(probs), -1, _BLOCK)
     mass = blocks.sum(dim=-1).double()  # [num_rows, num_blocks]
     sums = mass.cumsum(dim=-1)
     target = drawing.draw * sums[:, -1]
@@ -194,12 +198,15 @@ def _draw_bounded(probs: torch.Tensor, drawing: _Drawing) -> torch.Tensor:
     rank, certain = _bounded_rank(likeliest, drawing, whole=likeliest.shape == probs.shape)
     tokens = _at(token_ids, rank)
     if not certain.all():
+        rest = (~certain).nonzero()[:, 0]
         least = drawing.least_kept(likeliest[:, 0], vocab)
-        for row in (~certain).nonzero()[:, 0].tolist():
-            possible = (probs[row] >= least[row]).nonzero()[:, 0]
-            falling, place = _greatest(probs[row, possible][None], len(possible))
-            rank, _ = _bounded_rank(falling, drawing.rows(slice(row, row + 1)), whole=True)
-            tokens[row] = possible[_at(place, rank)]
+        possible = [(probs[row] >= least[row]).nonzero()[:, 0] for row in rest.tolist()]
+        weights = [probs[row].index_select(0, ids) for row, ids in zip(rest.tolist(), possible, strict=True)]
+        weighed = pad_sequence(weights, batch_first=True)  # the shorter ones end in tokens that are never drawn
+        falling, place = _greatest(weighed, weighed.shape[1])
+        rank, _ = _bounded_rank(falling, drawing.rows(rest), whole=True)
+        for row, ids, index in zip(rest.tolist(), possible, _at(place, rank).tolist(), strict=True):
+            tokens[row] = ids[index]
     return tokens
 
 
@@ -232,19 +239,15 @@ def _likeliest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Te
 
     They lie in the `count` blocks of the greatest maxima, so that most of the vocabulary is only passed over.
     """
-    num_rows, vocab = scores.shape
-    num_blocks = vocab // _BLOCK
+    num_rows, width = scores.shape
+    num_blocks = width // _BLOCK
     if scores.device.type != "cpu" or not 0 < 2 * count <= num_blocks:
         return _greatest(scores, count)
-    tail = vocab - vocab % _BLOCK  # where the tokens of no whole block begin
-    blocks = scores[:, :tail].reshape(num_rows, num_blocks, _BLOCK)
-    _, best = _greatest(blocks.amax(dim=-1), count)  # [num_rows, count]
-    row_start = num_blocks * torch.arange(num_rows)[:, None]
-    found = blocks.view(-1, _BLOCK).index_select(0, (row_start + best).flatten()).view(num_rows, count * _BLOCK)
-    values, place = _greatest(torch.cat([found, scores[:, tail:]], dim=1) if tail < vocab else found, count)
-    block = best.gather(1, (place // _BLOCK).clamp(max=count - 1))
-    in_block = _BLOCK * block + place % _BLOCK
-    return values, torch.where(place < count * _BLOCK, in_block, tail + place - count * _BLOCK)
+    _, best = _greatest(scores.view(num_rows, num_blocks, _BLOCK).amax(dim=-1), count)  # [num_rows, count]
+    block_of_all = (num_blocks * torch.arange(num_rows)[:, None] + best).flatten()
+    found = scores.view(-1, _BLOCK).index_select(0, block_of_all).view(num_rows, count * _BLOCK)
+    values, place = _greatest(found, count)
+    return values, _BLOCK * best.gather(1, place // _BLOCK) + place % _BLOCK
 
 
 def _greatest(values: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -454,7 +454,7 @@ def test_a_slot_gives_the_memory_of_a_long_context_back(tiny_base: Base, prompt_
     with Engine(tiny_base, settings) as engine:
         keys = engine.runner._kv.keys[0][0, 0]  # [max_len, head_dim] of the one slot's first head
         run_out_one(engine, Request("long", prompt_of(1, 500), base_function, GREEDY))
-        assert keys[300:400].abs().sum() > 0
+        assert keys[200:380].abs().sum() > 0
         run_out_one(engine, Request("short", prompt_of(2, 5), base_function, GREEDY))
-        assert keys[300:400].abs().sum() == 0
+        assert keys[200:380].abs().sum() == 0
         assert keys[:5].abs().sum() > 0

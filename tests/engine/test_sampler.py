@@ -9,9 +9,8 @@ import torch
 
 from masquerade_engine import Base, Engine, EngineSettings
 from masquerade_engine.detokenizer import Detokenizer
-from masquerade_engine.penalties import Histories
 from masquerade_engine.requests import PersonaFunction, Request, SamplingParams
-from masquerade_engine.sampler import sample
+from masquerade_engine.sampler import Sampler, sample
 from masquerade_engine.sequence import Sequence
 
 VOCAB = 1000
@@ -126,6 +125,17 @@ def test_a_row_draws_the_same_beside_rows_of_other_kinds() -> None:
         assert [one.token_id for one in sampled] == [alone[row] for row in order]
 
 
+def test_steps_of_other_sizes_leave_nothing_behind() -> None:
+    """One sampler for batches that grow and shrink, of any kinds, is a new one for each."""
+    rng, sampler = np.random.default_rng(0), Sampler(STOPS)
+    kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 5, "presence_penalty": 1.0}]
+    for step, rows in enumerate([3, 9, 1, 4, 9, 2]):
+        logits = random_logits(1.5, seed=step, rows=rows, vocab=WIDE)
+        picked = [kinds[kind] for kind in rng.integers(0, len(kinds), rows)]
+        kept, new = ([make_sequence(seed=row, **kind) for row, kind in enumerate(picked)] for _ in range(2))
+        assert sampler.sample(logits, kept) == sample(logits, new, STOPS)
+
+
 def test_a_seeded_request_is_the_same_alone_and_in_company(
     tiny_base: Base, make_function: Callable[..., PersonaFunction], prompt_of: Callable[..., tuple[int, ...]]
 ) -> None:
@@ -202,7 +212,7 @@ def test_the_logits_stay_as_they_are(dtype: torch.dtype) -> None:
 
 
 def test_penalties_of_many_rows_are_those_of_each_alone() -> None:
-    """Against a plain loop, over steps, with one set of histories kept."""
+    """Against a plain loop, over the steps of one sampler."""
     logits = random_logits(2.0, rows=6)
     rng = np.random.default_rng(3)
     sequences = [
@@ -216,10 +226,10 @@ def test_penalties_of_many_rows_are_those_of_each_alone() -> None:
         )
         for row in range(6)
     ]
-    histories = Histories()
+    sampler = Sampler(STOPS)
     for _ in range(4):
         expected = [int(plain_penalties(row, one).argmax()) for row, one in zip(logits, sequences, strict=True)]
-        sampled = sample(logits, sequences, STOPS, histories)
+        sampled = sampler.sample(logits, sequences)
         assert [one.token_id for one in sampled] == expected
         for row, sequence in enumerate(sequences):
             sequence.tokens += [expected[row], *rng.integers(0, 50, row % 3).tolist()]
@@ -242,13 +252,13 @@ def plain_penalties(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
 def test_a_request_that_ends_leaves_no_history_to_the_next() -> None:
     logits = torch.full((1, VOCAB), -5.0)
     logits[0, 10], logits[0, 11] = 2.0, 1.0
-    histories = Histories()
+    sampler = Sampler(STOPS)
     for _ in range(3):  # each may be made at the address of the one before
         first = make_sequence(output=(10,), temperature=0.0, presence_penalty=1.5)
-        assert sample(logits, [first], STOPS, histories)[0].token_id == 11
+        assert sampler.sample(logits, [first])[0].token_id == 11
         del first
         second = make_sequence(output=(11,), temperature=0.0, presence_penalty=1.5)
-        assert sample(logits, [second], STOPS, histories)[0].token_id == 10
+        assert sampler.sample(logits, [second])[0].token_id == 10
         del second
 
 

@@ -159,10 +159,12 @@ def watch(persona_id: str, *, after: int | None = None) -> Flow[Event, Persona]:
     """Follow a persona's running job to its end: iterate for the events, `result()` is the persona.
 
     A dropped connection is resumed after the last event seen, so none is lost or repeated; `after` resumes an
-    earlier watch. Ends at once where no job is running. Raises NotFound, SculptFailed, SculptCancelled.
+    earlier watch, and 0 tells the last job from its beginning, though it may have ended. Without it, ends at once where
+    no job is running. Raises NotFound, SculptFailed, SculptCancelled.
     """
     persona = yield from get(persona_id)
-    return (yield from _follow(persona, after)) if _is_sculpting(persona) else persona
+    is_told = _is_sculpting(persona) or after is not None
+    return (yield from _follow(persona, after)) if is_told else persona
 
 
 def _is_sculpting(persona: Persona) -> bool:

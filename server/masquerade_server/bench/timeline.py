@@ -37,7 +37,7 @@ class Timeline:
         """Time per output token after the first; None for a reply of one token."""
         if self.num_output_tokens < 2:
             return None
-        return (self.last - self.first) / self.num_output_tokens
+        return (self.last - self.first) / (self.num_output_tokens - 1)
 
     @property
     def itls_s(self) -> list[float]:

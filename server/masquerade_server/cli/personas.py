@@ -83,7 +83,7 @@ def create(
         persona = client.personas.create(name=name_of(text, name), text=read_text(text), id=id, **options)
         typer.echo(f"{persona.id} answers from the unpruned base while its mask is learned.")
         if wait:
-            _watch(client, persona.id)
+            _watch(client, persona.id, after=0)
 
 
 @app.command()
@@ -104,7 +104,7 @@ def update(
     with _client(context) as client:
         client.personas.update(persona, name=name, text=new_text, sculpt=sculpt, **options)
         if sculpt and wait:
-            _watch(client, persona)
+            _watch(client, persona, after=0)
 
 
 @app.command()
@@ -204,8 +204,8 @@ def _list(context: typer.Context, cast: str | None) -> None:
         console.print("No personas yet: masquerade personas create witch.txt")
 
 
-def _watch(client: Masquerade, persona_id: str) -> None:
-    with SculptDisplay(persona_id) as display, client.personas.watch(persona_id) as stream:
+def _watch(client: Masquerade, persona_id: str, after: int | None = None) -> None:
+    with SculptDisplay(persona_id) as display, client.personas.watch(persona_id, after=after) as stream:
         for event in stream:
             if event.stage is not None:
                 display.show(
