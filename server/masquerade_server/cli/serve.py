@@ -26,7 +26,7 @@ MaxLen = Annotated[
 MaxQueue = Annotated[int | None, typer.Option(help="Chats that may wait (256). [MASQUERADE_MAX_QUEUE]")]
 Quantization = Annotated[
     str | None,
-    typer.Option(help="Of the weights: none, or int8, which is faster on the CPU (none). [MASQUERADE_QUANTIZATION]"),
+    typer.Option(help="Of the weights: none, or int8 at half the memory (none). [MASQUERADE_QUANTIZATION]"),
 ]
 KVCache = Annotated[
     int | None, typer.Option(help="MiB for the running chats' keys and values (8192). [MASQUERADE_KV_CACHE_MB]")
