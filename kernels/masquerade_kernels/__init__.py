@@ -25,7 +25,6 @@ if TYPE_CHECKING:
         LayerPack,
         Pack,
         PackFormat,
-        compact_pack,
         dense_pack,
         member_pack,
     )
@@ -52,7 +51,6 @@ __all__ = [
     "RowOps",
     "Run",
     "Segment",
-    "compact_pack",
     "dense_pack",
     "gathered_pack",
     "member_pack",
@@ -81,7 +79,6 @@ _MODULES = {
     "RowOps": "rows",
     "Run": "planner",
     "Segment": "planner",
-    "compact_pack": "packs",
     "dense_pack": "packs",
     "gathered_pack": "gathered",
     "member_pack": "packs",

@@ -44,18 +44,24 @@ def attention_loops(bits: int, head_dim: int, group: int, num_threads: int) -> A
 
 
 @njit(inline="always")
+def _widen(head_dim: int, rows: Any, rows_at: int, first: int, width: int, block: Any) -> None:
+    """`block[k] = rows[first + k]` in float32, for `width` rows; what comes later is fetched ahead."""
+    ahead = rows_at + (first + _AHEAD) * head_dim * rows.itemsize
+    for line in range(ahead, ahead + _BLOCK * head_dim * rows.itemsize, 64):
+        prefetch(line)
+    for k in range(width):
+        for d in range(head_dim):
+            block[k, d] = load(rows[first + k, d])
+
+
+@njit(inline="always")
 def _score(
     group: int, head_dim: int, query: Any, keys: Any, keys_at: int, start: int, stop: int, block: Any, scores: Any
 ) -> None:
     """`scores[g, k] = query[g] · keys[start + k]`."""
     for first in range(start, stop, _BLOCK):
         width = min(_BLOCK, stop - first)
-        ahead = keys_at + (first + _AHEAD) * head_dim * keys.itemsize
-        for line in range(ahead, ahead + _BLOCK * head_dim * keys.itemsize, 64):
-            prefetch(line)
-        for k in range(width):
-            for d in range(head_dim):
-                block[k, d] = load(keys[first + k, d])
+        _widen(head_dim, keys, keys_at, first, width, block)
         for g in range(group):
             for k in range(width):
                 dot = np.float32(0.0)
@@ -89,12 +95,7 @@ def _sum_values(
     """`sums[g] += Σ weights[g, k] values[start + k]`, four keys at a time."""
     for first in range(start, stop, _BLOCK):
         width = min(_BLOCK, stop - first)
-        ahead = values_at + (first + _AHEAD) * head_dim * values.itemsize
-        for line in range(ahead, ahead + _BLOCK * head_dim * values.itemsize, 64):
-            prefetch(line)
-        for k in range(width):
-            for d in range(head_dim):
-                block[k, d] = load(values[first + k, d])
+        _widen(head_dim, values, values_at, first, width, block)
         for k in range(width, _BLOCK):
             for d in range(head_dim):
                 block[k, d] = np.float32(0.0)

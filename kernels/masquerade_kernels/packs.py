@@ -87,16 +87,6 @@ def dense_pack(weights: FFNWeights, form: PackFormat) -> Pack:
     return Pack(tuple(_layer_pack(layer, form) for layer in weights.layers()), None, 1.0)
 
 
-def compact_pack(
-    weights: FFNWeights,
-    subnetwork: SubNetwork,
-    form: PackFormat,
-    between_layers: Callable[[], None] = lambda: None,
-) -> Pack:
-    """One persona's kept neurons, copied out of the base. Gains stay beside the weights, in float32."""
-    return member_pack(weights, [subnetwork], form, between_layers)
-
-
 def member_pack(
     weights: FFNWeights,
     members: Sequence[SubNetwork],
@@ -105,6 +95,7 @@ def member_pack(
 ) -> Pack:
     """The union of the members' masks, copied out of the base: of one member its compact pack, else a cast's.
 
+    Gains and biases stay beside the weights, in float32.
     `between_layers` is called after each, for those who want to make way or give up (what it raises passes through).
     """
     unions = union_neurons(members)

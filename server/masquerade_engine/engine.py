@@ -210,8 +210,8 @@ class Engine:
             num_prefix_blocks=len(self._prefixes),
             num_pinned_prefix_blocks=self._prefixes.num_pinned,
             max_prefix_blocks=self._prefixes.num_blocks,
-            num_compact_packs=len(self.runner.packs.resident.packs),
-            compact_pack_bytes=self.runner.packs.num_bytes,
+            num_packs=len(self.runner.packs.resident.packs),
+            pack_bytes=self.runner.packs.num_bytes,
         )
 
     def close(self) -> None:

@@ -8,8 +8,9 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from masquerade_engine.residency import ResidencyPolicy
 from masquerade_kernels.packs import FFNWeights, Pack, PackFormat, member_pack, pack_bytes, union_fraction
@@ -18,10 +19,13 @@ from masquerade_masks import SubNetwork
 
 logger = logging.getLogger(__name__)
 
+_CAST = "cast:"  # before a cast's name in its pack's key; digests are hexadecimal
 _MAX_BUSY = 128  # personas of a cast whose masks are kept at hand for its pack
-# A cast's pack is made again when its members change, but not before this many times what the last took have passed:
-# new faces in a crowd must not keep a thread busy for good.
+_MAX_CASTS = 64  # casts that are followed, those asked for last
+# A cast is looked at again when its members change, but not before this many times what the last look, or its pack,
+# took have passed: new faces in a crowd must not keep a thread busy for good.
 _REST = 20.0
+_Work = Callable[[], None]  # for the background thread
 
 
 class _GivenUp(Exception):
@@ -70,7 +74,7 @@ class PackCache:
         self._changed = threading.Condition()
         self._resident = Resident()
         self._sizes: dict[str, tuple[tuple[str, ...], int]] = {}  # members and bytes, of resident and promised packs
-        self._casts: dict[str, _Cast] = {}
+        self._casts: OrderedDict[str, _Cast] = OrderedDict()  # least recently asked for first
         self._orders: deque[tuple[str, list[SubNetwork]]] = deque()
         self._maker: threading.Thread | None = None
         self._closed = False
@@ -93,7 +97,7 @@ class PackCache:
             self._policy.touch(subnetwork.digest)
             if subnetwork.digest not in self._sizes:
                 self._order(subnetwork.digest, [subnetwork])
-            known = self._casts.setdefault(cast, _Cast())
+            known = self._followed(cast)
             known.busy[subnetwork.digest] = subnetwork
             known.busy.move_to_end(subnetwork.digest)
             if len(known.busy) > _MAX_BUSY:
@@ -133,22 +137,33 @@ class PackCache:
 
     # With the lock held.
 
-    def _order(self, key: str, members: list[SubNetwork]) -> None:
+    def _order(self, key: str, members: list[SubNetwork]) -> bool:
+        """Promise a pack; False where it must stay out."""
         num_bytes = pack_bytes(members, self._form)
         digests = tuple(member.digest for member in members)
         others = {other: size for other, size in self._sizes.items() if other != key}
         victims = self._policy.victims(digests, num_bytes, others)
         if victims is None:
-            return
+            return False
         self._discard(list(victims))
         self._sizes[key] = (digests, num_bytes)
         self._orders.append((key, members))
+        return True
+
+    def _followed(self, name: str) -> _Cast:
+        cast = self._casts.setdefault(name, _Cast())
+        self._casts.move_to_end(name)
+        if len(self._casts) > _MAX_CASTS:
+            self._discard([_cast_key(next(iter(self._casts)))])
+            self._casts.popitem(last=False)
+        return cast
 
     def _discard(self, keys: Sequence[str]) -> None:
         for key in keys:
             self._sizes.pop(key, None)
-            if key.startswith("cast:") and key[5:] in self._casts:
-                self._casts[key[5:]].members = ()
+            cast = self._cast_of(key)
+            if cast is not None:
+                cast.members = ()
         if any(key in self._resident.packs for key in keys):
             self._resident = self._resident.without(keys)
 
@@ -162,43 +177,50 @@ class PackCache:
         """The ordered cast whose rest ends first, and when."""
         return min(((cast.rests_until, name) for name, cast in self._casts.items() if cast.ordered), default=None)
 
-    def _order_cast(self, name: str) -> None:
-        cast = self._casts[name]
-        cast.ordered = False
-        busy = cast.busy
-        members = self._policy.cast_members(busy, lambda digests: union_fraction([busy[one] for one in digests]))
-        if not members:
-            self._discard([_cast_key(name)])
-        elif set(members) != set(cast.members):
-            self._order(_cast_key(name), [busy[digest] for digest in members])
-            if self._orders and self._orders[-1][0] == _cast_key(name):
-                cast.members = tuple(members)
+    def _cast_of(self, key: str) -> _Cast | None:
+        """The cast that a pack is of; None for a persona's own."""
+        return self._casts.get(key.removeprefix(_CAST)) if key.startswith(_CAST) else None
 
     # In the background thread.
 
     def _make_packs(self) -> None:
         _make_way()
-        while (order := self._next_order()) is not None:
-            began = time.monotonic()
-            self._make(*order)
-            name = order[0].removeprefix("cast:")
-            with self._changed:
-                if name in self._casts:
-                    self._casts[name].rests_until = time.monotonic() + _REST * (time.monotonic() - began)
+        while (work := self._next_work()) is not None:
+            work()
 
-    def _next_order(self) -> tuple[str, list[SubNetwork]] | None:
+    def _next_work(self) -> _Work | None:
         with self._changed:
             while not self._closed:
                 if self._orders:
-                    return self._orders.popleft()
+                    return partial(self._make, *self._orders.popleft())
                 due = self._due()
                 if due is None:
                     self._changed.wait()
                 elif due[0] > time.monotonic():
                     self._changed.wait(due[0] - time.monotonic())
                 else:
-                    self._order_cast(due[1])
+                    cast = self._casts[due[1]]
+                    cast.ordered = False
+                    return partial(self._look_at, due[1], dict(cast.busy))
         return None
+
+    def _look_at(self, name: str, busy: Mapping[str, SubNetwork]) -> None:
+        """Order a cast's pack of those of its `busy` personas that it should unite, or have none."""
+        began, key = time.monotonic(), _cast_key(name)
+        members = self._policy.cast_members(busy, lambda digests: union_fraction([busy[one] for one in digests]))
+        with self._changed:
+            cast = self._casts.get(name)
+            if cast is None:
+                return
+            self._rest(cast, began)
+            if not members:
+                self._discard([key])
+            elif set(members) != set(cast.members) and self._order(key, [busy[digest] for digest in members]):
+                cast.members = tuple(members)
+
+    def _rest(self, cast: _Cast, began: float) -> None:
+        now = time.monotonic()
+        cast.rests_until = now + _REST * (now - began)
 
     def _make(self, key: str, members: list[SubNetwork]) -> None:
         wanted = tuple(member.digest for member in members)
@@ -206,9 +228,9 @@ class PackCache:
         def is_wanted() -> bool:
             return not self._closed and self._sizes.get(key, ((), 0))[0] == wanted
 
-        layer_began = time.monotonic()
+        began = layer_began = time.monotonic()
 
-        def rest() -> None:
+        def make_way() -> None:
             nonlocal layer_began
             if not is_wanted():
                 raise _GivenUp
@@ -218,7 +240,7 @@ class PackCache:
         try:
             if not is_wanted():
                 return
-            pack = member_pack(self._weights, members, self._form, rest)
+            pack = member_pack(self._weights, members, self._form, make_way)
         except _GivenUp:
             return
         except Exception:  # the personas stay on the packs that cover them, which compute the same
@@ -229,10 +251,13 @@ class PackCache:
         with self._changed:
             if is_wanted():
                 self._resident = self._resident.with_pack(key, pack)
+            cast = self._cast_of(key)
+            if cast is not None:
+                self._rest(cast, began)
 
 
 def _cast_key(name: str) -> str:
-    return f"cast:{name}"
+    return _CAST + name
 
 
 def _make_way() -> None:

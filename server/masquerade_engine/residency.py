@@ -37,7 +37,7 @@ class ResidencyPolicy:
 
     def busyness(self, members: Collection[str]) -> float:
         """Requests of these personas, each counting less as it ages."""
-        uses = (self._uses[digest] for digest in members if digest in self._uses)
+        uses = [use for use in map(self._uses.get, members) if use is not None]
         return float(sum(use.count * 0.5 ** ((self.clock() - use.at) / _HALF_LIFE_S) for use in uses))
 
     def victims(

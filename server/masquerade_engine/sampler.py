@@ -78,11 +78,6 @@ class Sampler:
         return torch.softmax(chosen.div_(temperature[:, None]), dim=-1, out=probs)
 
 
-def sample(logits: torch.Tensor, sequences: Rows[Sequence], stop_token_ids: frozenset[int]) -> list[SampledToken]:
-    """A single step of a `Sampler`."""
-    return Sampler(stop_token_ids).sample(logits, sequences)
-
-
 def _bar_stops(scores: torch.Tensor, sequences: Rows[Sequence], stop_token_ids: frozenset[int]) -> None:
     """No stop token for a sequence that has not its `min_tokens` yet; in place."""
     barred = [row for row, one in enumerate(sequences) if one.num_output < one.sampling.min_tokens]

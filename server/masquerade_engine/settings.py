@@ -80,5 +80,5 @@ class EngineStats:
     num_prefix_blocks: int  # in the prefix cache
     num_pinned_prefix_blocks: int  # of these, kept from eviction
     max_prefix_blocks: int
-    num_compact_packs: int
-    compact_pack_bytes: int
+    num_packs: int  # resident, of personas and of casts
+    pack_bytes: int  # of these and of those that are being made

@@ -221,7 +221,7 @@ def test_a_persona_moves_to_its_compact_pack_in_the_background(
         time.sleep(0.005)
     assert run_out_one(engine, Request("b", prompt_of(2), function, GREEDY)) != []
     assert run_out_one(engine, Request("c", prompt_of(1), function, GREEDY)) == dense
-    assert engine.stats().num_compact_packs == 1
+    assert engine.stats().num_packs == 1
 
 
 def test_without_memory_for_packs_everything_is_dense(
@@ -316,7 +316,7 @@ def test_a_forgotten_function_gives_its_pack_back(
         time.sleep(0.005)
     engine.forget(function.digest)
     assert engine.residency(function.digest) == "none"
-    assert engine.stats().compact_pack_bytes == 0
+    assert engine.stats().pack_bytes == 0
     assert run_out_one(engine, Request("b", prompt_of(1), function, GREEDY)) == before
 
 

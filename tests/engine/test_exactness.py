@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams, load_base
+from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams, load_base, runner
+from masquerade_engine.attention import Span, TorchAttention
 from masquerade_engine.reference import reference_logits
+from masquerade_engine.runner import Runner
 from masquerade_engine.sequence import Batch
+from masquerade_kernels.rows import TorchRows
 
 TOLERANCE = 1e-4  # on a logit, float32
 DENSE_ONLY = EngineSettings(max_num_seqs=8, max_model_len=256, pack_cache_bytes=0)
@@ -20,6 +23,18 @@ DENSE_ONLY = EngineSettings(max_num_seqs=8, max_model_len=256, pack_cache_bytes=
 Function = Callable[..., PersonaFunction]
 Forced = Callable[..., torch.Tensor]
 Prompt = Callable[..., tuple[int, ...]]
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"intermediate_size": 97, "num_key_value_heads": 1}),
+    ("mistral", {"intermediate_size": 61, "sliding_window": 9}),
+    ("qwen2", {"intermediate_size": 130, "num_key_value_heads": 4}),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    ),
+    ("qwen3", {"intermediate_size": 33, "head_dim": 16}),
+]
 
 
 def expected_logits(base: Base, function: PersonaFunction, tokens: tuple[int, ...]) -> torch.Tensor:
@@ -40,20 +55,7 @@ def wait_until_compact(engine: Engine, function: PersonaFunction) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "config"),
-    [
-        ("llama", {}),
-        ("llama", {"intermediate_size": 97, "num_key_value_heads": 1}),
-        ("mistral", {"intermediate_size": 61, "sliding_window": 9}),
-        ("qwen2", {"intermediate_size": 130, "num_key_value_heads": 4}),
-        (
-            "qwen2",
-            {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
-        ),
-        ("qwen3", {"intermediate_size": 33, "head_dim": 16}),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "config"), FAMILIES)
 def test_dense_compact_and_reference_agree(
     model_type: str,
     config: dict[str, Any],
@@ -79,6 +81,38 @@ def test_dense_compact_and_reference_agree(
         wait_until_compact(engine, function)
         compact = forced_logits(engine, function, tokens, stops)
     assert (compact - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("model_type", "config"), FAMILIES)
+def test_plain_torch_which_other_devices_run_agrees_as_well(
+    model_type: str,
+    config: dict[str, Any],
+    tmp_path: Path,
+    make_tiny_base: Callable[..., Path],
+    make_function: Function,
+    prompt_of: Prompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Prompts in chunks and ragged decoding of three personas, through the attention and the rows of no device."""
+
+    def attention(self: Runner, spans: Sequence[Span]) -> TorchAttention:
+        return TorchAttention(self._kv, self._decoder.rotary, spans, self._device)
+
+    monkeypatch.setattr(runner, "row_ops", lambda device, dtype: TorchRows())
+    monkeypatch.setattr(Runner, "_attention", attention)
+    base = load_base(str(make_tiny_base(tmp_path / "base", model_type, **config)), cache_dir=tmp_path, dtype="fp32")
+    functions = [make_function(base, seed, gain=True, bias=seed == 1) for seed in range(3)]
+    greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    settings = EngineSettings(max_num_seqs=4, max_model_len=128, prefill_chunk=24, pack_cache_bytes=0)
+    with Engine(base, settings) as engine:
+        recorded = record_logits(engine, monkeypatch)
+        engine.generate_all(
+            Request(str(i), prompt_of(i, 5 + 17 * i), function, greedy) for i, function in enumerate(functions)
+        )
+    compared = [(name, *step[name]) for step in recorded for name in step]
+    assert len(compared) == 18
+    for name, tokens, row in compared:
+        assert (row - expected_logits(base, functions[int(name)], tokens)[-1]).abs().max() < TOLERANCE
 
 
 def test_a_long_chunk_on_its_own_pack_beside_decoding_ones(

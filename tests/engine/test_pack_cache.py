@@ -3,6 +3,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from masquerade_engine import Base, PersonaFunction
 from masquerade_engine import pack_cache as module
 from masquerade_engine.ffn_weights import CheckpointWeights
 from masquerade_engine.pack_cache import PackCache
+from masquerade_engine.residency import ResidencyPolicy
 from masquerade_kernels.packs import FFNLayer, PackFormat, pack_bytes
 from masquerade_masks import SubNetwork
 
@@ -109,6 +111,44 @@ def test_the_budget_holds_whatever_is_wanted(make_cache: Callable[..., PackCache
         time.sleep(0.01)
     wait_until(lambda: len(cache.resident.packs) == 2)
     assert sum(pack.num_bytes for pack in cache.resident.packs.values()) <= budget
+
+
+def test_a_cast_without_a_pack_is_not_looked_at_for_every_request(
+    make_cache: Callable[..., PackCache],
+    tiny_base: Base,
+    make_function: Function,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[str] = []
+    decide = ResidencyPolicy.cast_members
+
+    def count(self: ResidencyPolicy, *arguments: Any) -> list[str]:
+        looks.append("a look")
+        return decide(self, *arguments)
+
+    monkeypatch.setattr(ResidencyPolicy, "cast_members", count)
+    monkeypatch.setattr(module, "_REST", 1e9)
+    cache = make_cache(0)
+    everybody = [make_function(tiny_base, seed, sparsity=0.1).subnetwork for seed in range(8)]  # a union of nearly all
+    cache.want(everybody[0], "town")
+    wait_until(lambda: looks != [])
+    for persona in everybody:
+        cache.want(persona, "town")
+    time.sleep(0.1)
+    assert looks == ["a look"]
+
+
+def test_only_so_many_casts_are_followed(
+    make_cache: Callable[..., PackCache], personas: list[SubNetwork], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MAX_CASTS", 2)
+    cache = make_cache()
+    for name in ("first", "second", "third"):
+        for persona in personas:
+            cache.want(persona, name)
+    wait_until(lambda: {"cast:second", "cast:third"} <= cache.resident.packs.keys())
+    assert "cast:first" not in cache.resident.packs
+    assert list(cache._casts) == ["second", "third"]
 
 
 @dataclass

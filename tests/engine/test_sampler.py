@@ -10,8 +10,8 @@ import torch
 from masquerade_engine import Base, Engine, EngineSettings
 from masquerade_engine.detokenizer import Detokenizer
 from masquerade_engine.requests import PersonaFunction, Request, SamplingParams
-from masquerade_engine.sampler import Sampler, sample
-from masquerade_engine.sequence import Sequence
+from masquerade_engine.sampler import Sampler
+from masquerade_engine.sequence import SampledToken, Sequence
 
 VOCAB = 1000
 WIDE = 16 * 700 + 5  # of lanes, with a rest that fills none
@@ -25,6 +25,11 @@ def make_sequence(prompt: tuple[int, ...] = (1,), output: tuple[int, ...] = (), 
     )
     sequence.tokens += output
     return sequence
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence], stop_token_ids: frozenset[int]) -> list[SampledToken]:
+    """A single step."""
+    return Sampler(stop_token_ids).sample(logits, sequences)
 
 
 def pick(logits: torch.Tensor, **sampling: Any) -> int:

@@ -13,7 +13,6 @@ from masquerade_kernels import (
     FFNSegment,
     Pack,
     PackFormat,
-    compact_pack,
     dense_pack,
     persona_ffn_reference,
     run_persona_ffn,
@@ -94,7 +93,7 @@ def test_dense_and_compact_are_the_reference(intermediate: int, kept: int, token
     persona = make_subnetwork(intermediate, hidden_size, kept, seed=1, gain=gain, bias=bias)
     table = CoefficientTable(persona.shape, 4, CPU)
     dense = dense_segment(dense_pack(weights, FP32), table, [persona] * tokens)
-    compact = member_segment(compact_pack(weights, persona, FP32), [persona] * tokens)
+    compact = member_segment(member_pack(weights, [persona], FP32), [persona] * tokens)
     x = torch.randn(tokens, hidden_size)
     for layer in range(LAYERS):
         expected = reference(weights, layer, x, persona)
@@ -123,7 +122,7 @@ def test_segments_of_several_packs_keep_the_order_of_rows() -> None:
     dense = dense_pack(weights, FP32)
     segments = [
         dense_segment(dense, table, [None, first, second]),
-        member_segment(compact_pack(weights, second, FP32), [second] * 4, start=3),
+        member_segment(member_pack(weights, [second], FP32), [second] * 4, start=3),
         FFNSegment(7, 9, dense),
     ]
     x = torch.randn(9, 16)
@@ -141,7 +140,7 @@ def test_bf16_stays_within_its_rounding(tokens: int) -> None:
     table = CoefficientTable(persona.shape, 2, CPU)
     x = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     expected = reference(weights, 0, x, persona)
-    compact = member_segment(compact_pack(weights, persona, BF16), [persona] * tokens)
+    compact = member_segment(member_pack(weights, [persona], BF16), [persona] * tokens)
     for segment in (dense_segment(dense_pack(weights, BF16), table, [persona] * tokens), compact):
         for rows in (TorchRows(), CompiledRows(torch.bfloat16, 2)):
             error = run_persona_ffn(x, 0, [segment], rows).double() - expected
@@ -179,8 +178,8 @@ def test_whoever_packs_may_give_up_between_layers() -> None:
 
 def test_gains_are_not_folded_into_weights() -> None:
     weights = make_weights(64, 16)
-    with_gain = compact_pack(weights, make_subnetwork(64, 16, 32, seed=1, gain=True), FP32)
-    without = compact_pack(weights, make_subnetwork(64, 16, 32, seed=1), FP32)
+    with_gain = member_pack(weights, [make_subnetwork(64, 16, 32, seed=1, gain=True)], FP32)
+    without = member_pack(weights, [make_subnetwork(64, 16, 32, seed=1)], FP32)
     x = torch.randn(2, 16)
     assert torch.equal(with_gain.layers[0].gate_up(x), without.layers[0].gate_up(x))
     assert with_gain.layers[0].coefficients is not None
@@ -190,7 +189,7 @@ def test_gains_are_not_folded_into_weights() -> None:
 
 def test_a_compact_pack_holds_what_was_foretold() -> None:
     persona = make_subnetwork(64, 16, 32, seed=1)
-    pack = compact_pack(make_weights(64, 16), persona, FP32)
+    pack = member_pack(make_weights(64, 16), [persona], FP32)
     assert pack.num_bytes == pack_bytes([persona], FP32) == LAYERS * 3 * 32 * 16 * 4
 
 
