@@ -17,6 +17,7 @@ import torch
 from masquerade_pruner.bootstrap import Values, gap_closed, mean_interval
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import Divergence, HeldOut
+from masquerade_pruner.tree import Forward
 
 REPORT_FORMAT = "masquerade.report/1"
 SENSITIVE_SHARE = 0.4  # of the test questions, by sensitivity, are reported as sensitive: the selection's own share
@@ -35,12 +36,12 @@ class FreeRunning:
 def fidelity(
     held_out: HeldOut,
     examples: Sequence[Example],
-    mask: torch.Tensor,
-    baselines: Mapping[str, torch.Tensor],
+    changed: Forward,
+    baselines: Mapping[str, Forward],
     strongest: str,
 ) -> dict[str, Any]:
     """The comparison on one kind of context: all questions, the sensitive and the insensitive ones."""
-    ours = held_out.divergence(mask)
+    ours = held_out.divergence(changed)
     rivals = {name: held_out.divergence(rival) for name, rival in baselines.items()}
     threshold = np.quantile([one.sensitivity or 0.0 for one in examples], 1 - SENSITIVE_SHARE)
     sensitive = np.array([(one.sensitivity or 0.0) >= threshold for one in examples])

@@ -10,7 +10,7 @@ import torch
 from masquerade_pruner.examples import Example
 from masquerade_pruner.losses import token_kl, token_nll
 from masquerade_pruner.mask_learning import Planted, plant_examples
-from masquerade_pruner.tree import TreeContext, head_weight, run_tree
+from masquerade_pruner.tree import Forward, head_weight, masked
 
 BATCH = 16
 
@@ -19,12 +19,12 @@ BATCH = 16
 class Divergence:
     """Per example, in the order of the examples."""
 
-    kl: torch.Tensor  # [examples]: mean over its answer's tokens of KL(dense ‖ masked), nats
+    kl: torch.Tensor  # [examples]: mean over its answer's tokens of KL(dense ‖ changed), nats
     top1: torch.Tensor  # [examples]: share of its answer's tokens where both like the same token best
 
 
 class HeldOut:
-    """Examples that masks are compared on; the dense final states take `tokens x hidden` in the model's dtype."""
+    """Examples that changes of the base are compared on; the dense states take `tokens x hidden` in its dtype."""
 
     def __init__(
         self,
@@ -39,13 +39,13 @@ class HeldOut:
         self._order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt))
         ordered = [examples[index] for index in self._order]
         self._batches = [plant_examples(ordered[at : at + BATCH], model) for at in range(0, len(ordered), BATCH)]
-        self._dense = [self._states(planted, None) for planted in self._batches]
+        self._dense = [self._states(planted, masked(model)) for planted in self._batches]
 
-    def divergence(self, mask: torch.Tensor) -> Divergence:
-        """How far `mask` `[layers, intermediate]` is from the dense base on its own answers."""
+    def divergence(self, changed: Forward) -> Divergence:
+        """How far a change of the base is from the base itself on its own answers."""
         kls, top1s = [], []
         for planted, dense in zip(self._batches, self._dense, strict=True):
-            kl, agree = token_kl(self._states(planted, mask), dense, self._head)
+            kl, agree = token_kl(self._states(planted, changed), dense, self._head)
             kls.append(mean_by_owner(kl, planted))
             top1s.append(mean_by_owner(agree.float(), planted))
         return Divergence(self._in_order(kls), self._in_order(top1s))
@@ -63,8 +63,8 @@ class HeldOut:
         return head_weight(self._model)
 
     @torch.no_grad()
-    def _states(self, planted: Planted, mask: torch.Tensor | None) -> torch.Tensor:
-        states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
+    def _states(self, planted: Planted, forward: Forward) -> torch.Tensor:
+        states = forward(planted.tree)[planted.rows]
         self._between()
         return states
 

@@ -31,6 +31,7 @@ from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
 from masquerade_pruner.progress import Progress, Reporter
 from masquerade_pruner.sensitivity import persona_units, reference_pass, select
 from masquerade_pruner.teacher import SelfTeacher
+from masquerade_pruner.tree import masked
 from masquerade_pruner.workdir import Workdir
 
 ANSWER_STREAMS = 64  # answers written at once; the engine's tokens a second still grow from 32 to 64 streams
@@ -314,11 +315,11 @@ class _Sculptor:
             learner.restore(state)
         else:
             baseline_kl = {
-                name: _mean(held_out.divergence(top_k_mask(importance, self.kept)).kl)
+                name: _mean(held_out.divergence(masked(self.model, top_k_mask(importance, self.kept))).kl)
                 for name, importance in importances.items()
             }
             best = learner.mask()
-            start = _mean(held_out.divergence(best).kl)
+            start = _mean(held_out.divergence(masked(self.model, best)).kl)
             history = {
                 "step": 0,
                 "baseline_kl": baseline_kl,
@@ -333,7 +334,7 @@ class _Sculptor:
             history["loss"].append(round(loss, 5))
             if number % settings.validate_every == 0 or number == settings.steps:
                 mask = learner.mask()
-                kl = _mean(held_out.divergence(mask).kl)
+                kl = _mean(held_out.divergence(masked(self.model, mask)).kl)
                 if kl < min(value for _, value in history["validation_kl"]):
                     best, history["best_step"] = mask, number
                 history["validation_kl"].append([number, kl])
@@ -359,16 +360,16 @@ class _Sculptor:
     def _report(self, answered: _Answered, learned: _Learned) -> dict[str, Any]:
         check = self.reporter.check
         strongest = evaluation.strongest_baseline(learned.validation_kl)
+        ours = masked(self.model, learned.mask)
+        rivals = {name: masked(self.model, rival) for name, rival in learned.baselines.items()}
         contexts: dict[str, Any] = {}
         one_turn = HeldOut(self.model, answered.test, between=check)
         self.reporter.at(1, 5, message="fidelity on test questions")
-        contexts["one_turn"] = evaluation.fidelity(one_turn, answered.test, learned.mask, learned.baselines, strongest)
+        contexts["one_turn"] = evaluation.fidelity(one_turn, answered.test, ours, rivals, strongest)
         self.reporter.at(2, 5, message="fidelity under scene lines")
         if answered.test_scenes:
             scenes = HeldOut(self.model, answered.test_scenes, between=check)
-            contexts["with_scene"] = evaluation.fidelity(
-                scenes, answered.test_scenes, learned.mask, learned.baselines, strongest
-            )
+            contexts["with_scene"] = evaluation.fidelity(scenes, answered.test_scenes, ours, rivals, strongest)
         self.reporter.at(3, 5, message="free-running answers")
         free = self._free_running(answered, learned, one_turn.dense_nll())
         self.reporter.at(5, 5, message="done")

@@ -7,7 +7,7 @@ own view of the branches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,10 @@ class Tree:
     groups: tuple[BranchGroup, ...]  # in the row's order
     last: torch.Tensor  # [branches]: each branch's last token in the row, in the order the branches were given
 
+
+# The base, or a change of it: from a tree to the final normed hidden states of every token, `[num_tokens, hidden]`, as
+# the base's head reads them. Evaluation takes every kind of change (masks, gains, other methods') as one of these.
+Forward = Callable[[Tree], torch.Tensor]
 
 # A group's longest branch is at most this many times its shortest, plus a few: padding then costs attention little.
 _GROUP_SPREAD, _GROUP_SLACK = 1.5, 16
@@ -254,3 +258,8 @@ def run_tree(model: torch.nn.Module, tree: Tree, context: TreeContext) -> torch.
             input_ids=tree.token_ids, position_ids=tree.positions, use_cache=False
         ).last_hidden_state
     return states[0]
+
+
+def masked(model: torch.nn.Module, mask: torch.Tensor | None = None) -> Forward:
+    """The base under a mask `[layers, intermediate]`, or as it is."""
+    return lambda tree: run_tree(model, tree, TreeContext(tree, mask))

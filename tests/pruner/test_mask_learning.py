@@ -11,6 +11,7 @@ from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.losses import chunked_cross_entropy, chunked_kl, token_kl
 from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
+from masquerade_pruner.tree import masked
 
 MakeExamples = Callable[..., list[Example]]
 
@@ -88,10 +89,10 @@ def test_learning_lowers_the_divergence(tiny_model: torch.nn.Module, make_exampl
     start = torch.rand(3, 96, generator=torch.Generator().manual_seed(0))
     learner = MaskLearner(tiny_model, start, 48, steps=40, learning_rate=0.05)
     held_out = HeldOut(tiny_model, examples)
-    before = held_out.divergence(learner.mask()).kl.mean()
+    before = held_out.divergence(masked(tiny_model, learner.mask())).kl.mean()
     for _ in range(40):
         learner.step(examples)
-    assert held_out.divergence(learner.mask()).kl.mean() < 0.8 * before
+    assert held_out.divergence(masked(tiny_model, learner.mask())).kl.mean() < 0.8 * before
 
 
 def test_a_restored_learner_goes_on_bit_for_bit(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
@@ -119,19 +120,21 @@ def test_held_out_divergence_matches_the_reference_in_the_examples_order(
 ) -> None:
     examples = make_examples(21)
     mask = (torch.rand(3, 96, generator=torch.Generator().manual_seed(2)) < 0.5).float()
-    found = HeldOut(tiny_model, examples).divergence(mask)
+    found = HeldOut(tiny_model, examples).divergence(masked(tiny_model, mask))
     for index, one in enumerate(examples):
         tokens = torch.tensor([[*one.prompt, *one.answer]])
         rows = slice(len(one.prompt) - 1, -1)
         dense = reference_logits(tiny_model, tokens)[0, rows].double().log_softmax(-1)
-        masked = reference_logits(tiny_model, tokens, mask)[0, rows].double().log_softmax(-1)
-        assert float(found.kl[index]) == pytest.approx(float((dense.exp() * (dense - masked)).sum(-1).mean()), abs=1e-4)
-        agreement = (dense.argmax(-1) == masked.argmax(-1)).double().mean()
+        changed = reference_logits(tiny_model, tokens, mask)[0, rows].double().log_softmax(-1)
+        assert float(found.kl[index]) == pytest.approx(
+            float((dense.exp() * (dense - changed)).sum(-1).mean()), abs=1e-4
+        )
+        agreement = (dense.argmax(-1) == changed.argmax(-1)).double().mean()
         assert float(found.top1[index]) == pytest.approx(float(agreement), abs=1e-6)
 
 
 def test_a_full_mask_diverges_from_nothing(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
-    divergence = HeldOut(tiny_model, make_examples(5)).divergence(torch.ones(3, 96))
+    divergence = HeldOut(tiny_model, make_examples(5)).divergence(masked(tiny_model, torch.ones(3, 96)))
     assert float(divergence.kl.abs().max()) < 1e-5
     assert divergence.top1.tolist() == [1.0] * 5
 
