@@ -11,7 +11,7 @@ from torch.nn import functional as F
 # oneDNN chooses the layout for this many rows. Hints of 16 to 64 gave the same layout on AVX512-BF16 (one
 # thread, 3072x576: 0.23 ms at 16 rows, 0.61 at 64); without a hint it packs for one row and is slower from 8 up.
 _ROW_HINT = 32
-# oneDNN compiles a kernel for every pair of weight shape and number of rows, which takes 0.5 to 1 ms and half a megabyte.
+# oneDNN compiles a kernel for every pair of weight shape and number of rows, which takes 0.5 to 1 ms and 0.5 MB.
 # It keeps 1,024; a busy world wanted more (600 MB, and memory in splinters). So beyond the numbers that decoding stays
 # at, rows are counted in these steps; what is missing is padding.
 _EXACT_ROWS = 16
