@@ -32,4 +32,7 @@ METHODS: Mapping[str, Callable[[Setting], Baseline]] = {
     "slicegpt": slicegpt,
 }
 
-__all__ = ["METHODS", "Baseline", "Setting"]
+# Those whose result is a mask, so that recovery can start from it.
+MASKS = frozenset({"random", "wanda", "fisher", "flap", "flap-bias", "llm-pruner", "griffin"})
+
+__all__ = ["MASKS", "METHODS", "Baseline", "Setting"]

@@ -178,9 +178,9 @@ def slice_model(model: nn.Module, examples: Sequence[Example], width: int, *, ba
 
 def principal_axes(streams: Sequence[torch.Tensor]) -> torch.Tensor:
     """Eigenvectors of the streams' second moments, largest first, `[hidden, hidden]` fp64 in columns."""
-    moments = sum(stream[0].double().T @ stream[0].double() for stream in streams)
-    assert isinstance(moments, torch.Tensor)
-    return torch.linalg.eigh(moments).eigenvectors.flip(1)
+    moments = torch.stack([stream[0].double().T @ stream[0].double() for stream in streams]).sum(dim=0)
+    vectors: torch.Tensor = torch.linalg.eigh(moments).eigenvectors
+    return vectors.flip(1)
 
 
 def _project(stream: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:

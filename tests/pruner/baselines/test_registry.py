@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from masquerade_pruner.baselines import METHODS
+from masquerade_pruner.baselines import MASKS, METHODS
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.mask_learning import plant_examples
 from masquerade_pruner.tree import masked
 
 Case = Any  # of conftest.py
-MASKS = {"random", "wanda", "fisher", "flap", "flap-bias", "llm-pruner", "griffin"}
 
 
 @pytest.mark.parametrize("method", METHODS)
