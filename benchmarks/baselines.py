@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from machine import machine
 from sculpts import Material, material, personas, sculpted
+from tables import header, percent, row
 
 from masquerade_engine.base import BUNDLED, load_base
 from masquerade_engine.threads import available_cores
@@ -243,32 +244,32 @@ def tables(cases: Sequence[Case], methods: Sequence[str], recoveries: Sequence[s
     for sparsity in sparsities:
         lines += ["", *_methods_table([case for case in cases if case.sparsity == sparsity], methods, recoveries)]
     lines += ["", "Against the strongest baseline of each column, chosen on validation for each persona:", ""]
-    lines += _row("sparsity", "recovery", "personas", "KL ours", "KL strongest", "closed")
-    lines += _rule(6)
+    lines += header("sparsity", "recovery", "personas", "KL ours", "KL strongest", "closed")
     for sparsity in sparsities:
         for recovery in recoveries:
             chosen = [case for case in cases if case.sparsity == sparsity]
-            lines += _against_strongest(f"{sparsity:.0%}", chosen, methods, recovery)
-    lines += ["", *_row("persona", "sparsity", "recovery", "strongest", "KL ours", "KL strongest", "closed"), *_rule(7)]
+            lines.append(_against_strongest(f"{sparsity:.0%}", chosen, methods, recovery))
+    lines += ["", *header("persona", "sparsity", "recovery", "strongest", "KL ours", "KL strongest", "closed")]
     for case in cases:
         for recovery in recoveries:
             strongest = _strongest(case, methods, recovery)
             ours, theirs = _test(case, OURS, recovery), _test(case, strongest, recovery)
             kls = (f"{ours.mean():.3f}", f"{theirs.mean():.3f}")
-            lines += _row(case.persona, f"{case.sparsity:.0%}", recovery, strongest, *kls, _closed([ours], [theirs]))
+            closed = _closed([ours], [theirs])
+            lines.append(row(case.persona, f"{case.sparsity:.0%}", recovery, strongest, *kls, closed))
     return lines
 
 
 def _methods_table(cases: Sequence[Case], methods: Sequence[str], recoveries: Sequence[str]) -> list[str]:
-    headers = [header for recovery in recoveries for header in (f"KL, {recovery}", "closed")]
-    lines = [*_row(f"{cases[0].sparsity:.0%} dropped", "M parameters", *headers), *_rule(2 + len(headers))]
+    columns = [column for recovery in recoveries for column in (f"KL, {recovery}", "closed")]
+    lines = header(f"{cases[0].sparsity:.0%} dropped", "M parameters", *columns)
     for method in (OURS, *methods):
         cells: list[str] = []
         for recovery in recoveries:
             cells += _cells(cases, method, recovery)
         without = cases[0].comparison.figures(method, "none")
         assert without is not None
-        lines += _row(method, f"{without.num_dropped / 1e6:.2f}", *cells)
+        lines.append(row(method, f"{without.num_dropped / 1e6:.2f}", *cells))
     return lines
 
 
@@ -280,11 +281,11 @@ def _cells(cases: Sequence[Case], method: str, recovery: str) -> tuple[str, str]
     return kl, "" if method == OURS else _closed([_test(case, OURS, recovery) for case in cases], theirs)
 
 
-def _against_strongest(sparsity: str, cases: Sequence[Case], methods: Sequence[str], recovery: str) -> list[str]:
+def _against_strongest(sparsity: str, cases: Sequence[Case], methods: Sequence[str], recovery: str) -> str:
     ours = [_test(case, OURS, recovery) for case in cases]
     theirs = [_test(case, _strongest(case, methods, recovery), recovery) for case in cases]
     kls = (f"{np.mean([one.mean() for one in side]):.3f}" for side in (ours, theirs))
-    return _row(sparsity, recovery, str(len(cases)), *kls, _closed(ours, theirs))
+    return row(sparsity, recovery, str(len(cases)), *kls, _closed(ours, theirs))
 
 
 def _strongest(case: Case, methods: Sequence[str], recovery: str) -> str:
@@ -301,16 +302,7 @@ def _test(case: Case, method: str, recovery: str) -> Values:
 
 
 def _closed(ours: Sequence[Values], theirs: Sequence[Values]) -> str:
-    closed = gap_closed(ours, theirs)
-    return f"{closed.mean:.1%} ({closed.low:.1%} to {closed.high:.1%})"
-
-
-def _row(*cells: str) -> list[str]:
-    return [f"| {' | '.join(cells)} |"]
-
-
-def _rule(columns: int) -> list[str]:
-    return ["|" + " --- |" * columns]
+    return percent(gap_closed(ours, theirs))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,12 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+def straight_through(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """`top_k_mask`, whose gradient reaches the scores as if it were they."""
+    mask: torch.Tensor = _StraightThrough.apply(scores, kept)  # type: ignore[no-untyped-call]
+    return mask
+
+
 class MaskLearner:
     """Scores, their optimiser and one training step; state is saved and restored whole."""
 
@@ -97,11 +103,14 @@ class MaskLearner:
         """The current 0/1 mask, `[layers, intermediate]` fp32."""
         return top_k_mask(self.scores.detach(), self._kept)
 
+    def training_mask(self) -> torch.Tensor:
+        """What a step masks with, `[layers, intermediate]`, differentiable in the scores."""
+        return straight_through(self.scores, self._kept)
+
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""
         planted = plant_examples(examples, self._model)
-        mask = _StraightThrough.apply(self.scores, self._kept)  # type: ignore[no-untyped-call]
-        states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
+        states = run_tree(self._model, planted.tree, TreeContext(planted.tree, self.training_mask()))[planted.rows]
         head = head_weight(self._model)
         if self._loss == "kl":
             loss = chunked_kl(states, dense_states(self._model, planted), head, planted.weights)
