@@ -3,13 +3,13 @@
     python benchmarks/ablations.py --quick                           # minutes: small sculpts, to try it
     python benchmarks/ablations.py examples/personas/*.txt           # every study
     python benchmarks/ablations.py pip --studies loss estimator      # some of them
-    python benchmarks/ablations.py --studies start --prior prior.safetensors
 
 Personas are text files or ids of ready personas. Each is sculpted once (or its sculpt is found in the work directory,
 which is that of fidelity.py) for its examples; every variant then learns a mask anew in the same number of steps of as
 many branches, keeps what is best on validation, and is measured on the test split. The *reference* learns from KL and
-the sculpt's examples, straight-through, from Wanda's and Fisher's averaged ranks. A variant that several studies need
-is learned once. Each is kept in the work directory and checkpointed as it learns: an interrupted run goes on.
+the sculpt's examples, straight-through, from the base's prior, or from Wanda's and Fisher's averaged ranks where it has
+none. A variant that several studies need is learned once. Each is kept in the work directory and checkpointed as it
+learns: an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from estimators import Estimator, EstimatorLearner
 from machine import machine
-from safetensors.torch import load_file
 from sculpts import material, personas, sculpted
 from tables import header, percent, row
 
@@ -49,13 +48,15 @@ from masquerade_pruner.importance import activation_importance, averaged_ranks, 
 from masquerade_pruner.instructions import Instruction, load_instructions
 from masquerade_pruner.mask_learning import Loss
 from masquerade_pruner.presets import PRESETS
+from masquerade_pruner.prior import Prior, prior_of
 from masquerade_pruner.sensitivity import persona_units
 from masquerade_pruner.synthesis import answer, plan_training
 from masquerade_pruner.teacher import SelfTeacher
 from masquerade_pruner.tree import masked
 from masquerade_pruner.workdir import Workdir
 
-Start = Literal["random", "wanda", "fisher", "both", "prior"]
+# The prior, or both importances where the base has none; or what it says.
+Start = Literal["usual", "random", "wanda", "fisher", "both"]
 # The sculpt's examples; half of its questions; more of them; one plain answer a question, selected or any, in character
 # or the instruction set's own.
 Data = Literal["sculpt", "first half", "second half", "more", "selected", "any", "selected neutral", "any neutral"]
@@ -70,14 +71,13 @@ class Variant:
     """One way to learn a mask; the defaults are the reference."""
 
     loss: Loss = "kl"
-    start: Start = "both"
+    start: Start = "usual"
     estimator: Estimator = "straight-through"
     temperature: float = 0.0
     annealed: bool = False
     data: Data = "sculpt"
     num_examples: int = 0  # the first so many; 0: all
     seed: int = 0  # of the order of examples, and of what is random
-    prior: str = ""  # digest of the prior's scores
 
     @property
     def name(self) -> str:
@@ -92,13 +92,13 @@ REFERENCE = Variant()
 class Run:
     """The base, and how every mask is learned on it."""
 
-    def __init__(self, base: Base, *, preset: str, steps: int, prior: Path | None) -> None:
+    def __init__(self, base: Base, *, preset: str, steps: int, cache_dir: Path) -> None:
         self.base = base
         self.settings = PRESETS[preset]
         self.steps = steps
-        self.prior = None if prior is None else load_file(prior)["scores"].float()  # [layers, intermediate]
+        self.prior = prior_of(base, cache_dir)
         self.questions = load_instructions()
-        self.identity = {"base": base.fingerprint, "preset": preset, "steps": steps}
+        self.identity = {"base": base.fingerprint, "preset": preset, "steps": steps, "prior": _digest(self.prior)}
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -229,16 +229,15 @@ class Persona:
         """The scores a variant begins with, `[layers, intermediate]`."""
         if variant.start == "random":
             return torch.rand(self.given.mask.shape, generator=torch.Generator().manual_seed(variant.seed))
-        if variant.start == "prior":
-            assert self._run.prior is not None
-            return self._run.prior
+        if variant.start == "usual" and self._run.prior is not None:
+            return self._run.prior.at(self.kept)
         saved = self._cells.read_tensors("importance")
         if saved is None:
             few = self.given.train[: self._run.settings.num_importance]
             model = self._run.model
             saved = {"wanda": activation_importance(model, few), "fisher": fisher_importance(model, few)}
             self._cells.write_tensors("importance", saved)
-        chosen = ("wanda", "fisher") if variant.start == "both" else (variant.start,)
+        chosen = (variant.start,) if variant.start in saved else ("wanda", "fisher")
         return averaged_ranks(*(saved[name] for name in chosen))
 
     def examples(self, variant: Variant) -> list[Example]:
@@ -291,12 +290,11 @@ class Study:
 
     def start(self) -> list[str]:
         """Where scores start."""
-        variants = [REFERENCE, Variant(start="random"), Variant(start="wanda"), Variant(start="fisher")]
-        prior = self._run.prior
-        if prior is None:
-            return [*self._compared(variants), "", "The prior is missing: give its scores with --prior."]
-        digest = hashlib.sha256(prior.numpy().tobytes()).hexdigest()[:12]
-        return self._compared([*variants, Variant(start="prior", prior=digest)])
+        starts: tuple[Start, ...] = ("random", "wanda", "fisher")
+        if self._run.prior is None:
+            lines = self._compared([REFERENCE, *(Variant(start=one) for one in starts)])
+            return [*lines, "", "The reference starts from both importances: this base has no prior yet."]
+        return self._compared([REFERENCE, *(Variant(start=one) for one in (*starts, "both"))])
 
     def estimator(self) -> list[str]:
         """Straight-through, Gumbel-softmax top-k or soft top-k."""
@@ -408,6 +406,12 @@ class Study:
 STUDIES = ("loss", "start", "estimator", "annealing", "amount", "voice", "whose", "seeds", "similarity")
 
 
+def _digest(prior: Prior | None) -> str | None:
+    if prior is None:
+        return None
+    return hashlib.sha256(b"".join(prior.scores[kept].numpy().tobytes() for kept in sorted(prior.scores))).hexdigest()
+
+
 def jaccard(one: torch.Tensor, other: torch.Tensor) -> float:
     """Shared over joined neurons of two masks, the mean over layers."""
     shared, joined = (one * other).sum(dim=1), torch.maximum(one, other).sum(dim=1)
@@ -429,7 +433,7 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(available_cores())
     base = load_base(options.model, cache_dir=options.workdir / "cache")
-    run = Run(base, preset=options.preset, steps=options.steps, prior=options.prior)
+    run = Run(base, preset=options.preset, steps=options.steps, cache_dir=options.workdir / "cache")
     people = []
     for persona_id, name, text in personas(options.personas):
         spec = SculptSpec(persona_id, name, text, sparsity=options.sparsity, preset=options.preset)
@@ -454,7 +458,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--preset", choices=list(PRESETS), default="default")
     parser.add_argument("--steps", type=int, help="of every variant; default: the preset's")
-    parser.add_argument("--prior", type=Path, help="safetensors with the prior's `scores`, [layers, intermediate]")
     parser.add_argument("--workdir", type=Path, help="default: that of fidelity.py, or one of its own with --quick")
     parser.add_argument("--quick", action="store_true", help="the smoke preset")
     parser.add_argument("--out", type=Path, help="write the tables here as well, as Markdown, study by study")

@@ -43,12 +43,13 @@ class EstimatorLearner(MaskLearner):
 
     def training_mask(self) -> torch.Tensor:
         kept = self.kept_now()
+        scores = self.scores + self._pull
         if self._estimator == "straight-through":
-            return straight_through(self.scores, kept)
+            return straight_through(scores, kept)
         temperature = self._temperature * COOLING ** (self.step_number / max(1, self._steps - 1))
         if self._estimator == "soft":
-            return soft_top_k(self.scores, kept, temperature)
-        noisy = self.scores + temperature * self._gumbel()
+            return soft_top_k(scores, kept, temperature)
+        noisy = scores + temperature * self._gumbel()
         soft = soft_top_k(noisy, kept, temperature)
         return top_k_mask(noisy.detach(), kept) + soft - soft.detach()
 

@@ -17,6 +17,7 @@ from masquerade_masks import Mask, SubNetwork
 from masquerade_pruner import SculptResult
 from masquerade_pruner.examples import Example, write_examples
 from masquerade_pruner.instructions import load_instructions
+from masquerade_pruner.prior import Prior
 from masquerade_pruner.sensitivity import question_prompt
 
 STEPS = 6
@@ -29,8 +30,8 @@ def base(tiny_base_dir: Path) -> Base:
 
 
 @pytest.fixture(scope="module")
-def run(base: Base) -> Run:
-    return Run(base, preset="smoke", steps=STEPS, prior=None)
+def run(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return Run(base, preset="smoke", steps=STEPS, cache_dir=tmp_path_factory.mktemp("cache"))
 
 
 def _result(base: Base, folder: Path, persona: str) -> SculptResult:
@@ -100,6 +101,17 @@ def test_a_measured_variant_is_not_learned_again(
     monkeypatch.setattr(run, "learn", None)
     again = Persona(run, "nettie", _result(base, tmp_path / "again", "nettie"), tmp_path / "cells")
     assert again.test_kl(REFERENCE).tolist() == found.tolist()
+
+
+def test_the_usual_start_is_the_prior_where_there_is_one(
+    run: Run, persona: Persona, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert torch.equal(persona.start(REFERENCE), persona.start(Variant(start="both")))
+    scores = torch.rand(3, 96)
+    monkeypatch.setattr(run, "prior", Prior({64: scores, 32: -scores}))
+    assert torch.equal(persona.start(REFERENCE), scores)
+    assert not torch.equal(persona.start(Variant(start="both")), scores)
+    assert not torch.equal(persona.start(Variant(start="wanda")), persona.start(Variant(start="fisher")))
 
 
 def test_halves_share_no_question(persona: Persona) -> None:
