@@ -79,6 +79,12 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+def straight_through(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """`top_k_mask`, whose gradient reaches the scores as if it were they."""
+    mask: torch.Tensor = _StraightThrough.apply(scores, kept)  # type: ignore[no-untyped-call]
+    return mask
+
+
 class MaskLearner:
     """Scores, their optimiser and one training step; state is saved and restored whole."""
 
@@ -109,10 +115,14 @@ class MaskLearner:
         """The current 0/1 mask, `[layers, intermediate]` fp32."""
         return top_k_mask(self.scores.detach() + self._pull, self._kept)
 
+    def training_mask(self) -> torch.Tensor:
+        """What a step masks with, `[layers, intermediate]`, differentiable in the scores."""
+        return straight_through(self.scores + self._pull, self._kept)
+
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""
         planted = plant_examples(examples, self._model, question_share=self._question_share)
-        mask = _StraightThrough.apply(self.scores + self._pull, self._kept)  # type: ignore[no-untyped-call]
+        mask = self.training_mask()
         states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
         head = head_weight(self._model)
         if self._loss == "kl":
