@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from masquerade_masks import SculptCancelled
 
-# Share of a default sculpt's time by stage, measured on two cores with the bundled model.
-STAGES = {"select": 0.03, "answer": 0.30, "learn": 0.52, "evaluate": 0.15}
+# Time of a default sculpt by stage, measured on two cores with the bundled model; 1 is a sculpt without recovery.
+STAGES = {"select": 0.03, "answer": 0.30, "learn": 0.52, "recover": 0.26, "evaluate": 0.15}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +33,13 @@ class Reporter:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
         add_seconds: Callable[[str, float], None],
+        skipped: Container[str] = (),  # stages that the job does not have
     ) -> None:
         self._on_progress = on_progress
         self._cancelled = cancelled
         self._add_seconds = add_seconds
+        times = {name: units for name, units in STAGES.items() if name not in skipped}
+        self._shares = {name: units / sum(times.values()) for name, units in times.items()}
         self._stage = ""
         self._started = time.monotonic()
         self._first_share: float | None = None  # of the job, already done when this process began
@@ -64,9 +67,9 @@ class Reporter:
             raise SculptCancelled()
 
     def _eta(self, done: float) -> float | None:
-        names = list(STAGES)
-        before = sum(STAGES[name] for name in names[: names.index(self._stage)])
-        share = before + STAGES[self._stage] * done
+        names = list(self._shares)
+        before = sum(self._shares[name] for name in names[: names.index(self._stage)])
+        share = before + self._shares[self._stage] * done
         if self._first_share is None:
             self._first_share = share
         elapsed, gained = time.monotonic() - self._started, share - self._first_share
