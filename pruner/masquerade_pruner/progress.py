@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,13 +33,12 @@ class Reporter:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
         add_seconds: Callable[[str, float], None],
-        skipped: Container[str] = (),  # stages that the job does not have
+        shares: Mapping[str, float] = STAGES,  # of the job's time, by stage in their order, in any unit
     ) -> None:
+        self._shares = {name: share / sum(shares.values()) for name, share in shares.items()}
         self._on_progress = on_progress
         self._cancelled = cancelled
         self._add_seconds = add_seconds
-        times = {name: units for name, units in STAGES.items() if name not in skipped}
-        self._shares = {name: units / sum(times.values()) for name, units in times.items()}
         self._stage = ""
         self._started = time.monotonic()
         self._first_share: float | None = None  # of the job, already done when this process began

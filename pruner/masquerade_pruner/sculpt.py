@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -23,10 +23,11 @@ from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
-from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions
+from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
 from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
 from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
-from masquerade_pruner.progress import Progress, Reporter
+from masquerade_pruner.prior import prior_of
+from masquerade_pruner.progress import STAGES, Progress, Reporter
 from masquerade_pruner.recovery import Recovered, Recovery, recover
 from masquerade_pruner.sensitivity import persona_units, reference_pass, select
 from masquerade_pruner.teacher import SelfTeacher
@@ -38,7 +39,6 @@ SAVE_ANSWERS_EVERY = 64  # answers between two checkpoints of the answer stage
 SAVE_STEPS_EVERY = 10  # learning steps between two checkpoints
 
 Scored = tuple[Instruction, float]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +86,15 @@ def sculpt(
     *,
     cache_dir: Path,
     answers_dir: Path | None = None,
+    cast: Sequence[Mask] = (),
     progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SculptResult:
     """Learn the sub-network of `base` that the persona needs.
 
     `workdir` holds the stages' checkpoints: the same spec in the same directory goes on where it was. `cache_dir` holds
-    what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`.
+    what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`. Towards the
+    neurons that the masks of its `cast` keep, this one is pulled.
     Raises `SculptCancelled`, and `SettingError` for an unusable instruction set.
     """
     directories = (answers_dir or workdir / "answers", workdir / "mask", workdir / "recovery")
@@ -100,7 +102,7 @@ def sculpt(
     with run.workshop():
         selected = run.select()
         answered = run.answer(selected)
-        learned = run.learn(answered)
+        learned = run.learn(answered, cast)
         recovered = run.recover(answered, learned)
         report = run.evaluate(answered, learned, recovered)
     return run.result(recovered, report)
@@ -133,8 +135,8 @@ class _Sculptor:
         self.answers = Workdir(directories[0], {**identity, **of_answers})
         self.learning = Workdir(directories[1], {**identity, **of_mask})
         self.recovering = Workdir(directories[2], {**identity, **self.metadata})
-        skipped = ("recover",) if spec.recovery == "none" else ()
-        self.reporter = Reporter(progress, cancelled, self._add_seconds, skipped)
+        shares = {stage: share for stage, share in STAGES.items() if stage != "recover" or spec.recovery != "none"}
+        self.reporter = Reporter(progress, cancelled, self._add_seconds, shares)
         self._engine: Engine | None = None
 
     def _add_seconds(self, stage: str, seconds: float) -> None:
@@ -177,8 +179,8 @@ class _Sculptor:
         """The training questions that bring the persona out, and the held-out ones with their scores."""
         settings, sets = self.settings, self.instructions
         held_out = {
-            "validation": _spread(sets.validation, settings.num_validation),
-            "test": _spread(sets.test, settings.num_test),
+            "validation": spread(sets.validation, settings.num_validation),
+            "test": spread(sets.test, settings.num_test),
         }
         scores = self.answers.read_json("sensitivity")
         if scores is None:
@@ -218,7 +220,7 @@ class _Sculptor:
         plans = {
             "validation": synthesis.plan_held_out(selected.validation, seed),
             "test": synthesis.plan_held_out(selected.test, seed),
-            "test_scenes": synthesis.plan_scenes(_spread(selected.test, settings.num_test_scenes), seed),
+            "test_scenes": synthesis.plan_scenes(spread(selected.test, settings.num_test_scenes), seed),
         }
         first, second = synthesis.needs_turns(train[: settings.branches])
         total = len(first) + len(second) + sum(map(len, plans.values()))
@@ -274,8 +276,8 @@ class _Sculptor:
 
     # 3. learn
 
-    def learn(self, answered: _Answered) -> _Learned:
-        """Scores from importance, then straight-through steps; the mask that is best on validation is kept."""
+    def learn(self, answered: _Answered, cast: Sequence[Mask] = ()) -> _Learned:
+        """Straight-through steps from the prior's scores; the mask that is best on validation is kept."""
         saved = self.learning.read_tensors("learned")
         history = self.learning.read_json("history")
         if saved is None or history is None:
@@ -283,7 +285,8 @@ class _Sculptor:
             with self.reporter.stage("learn"):
                 importances = self._importances(answered)
                 held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
-                best, history = self._learn_scores(answered, importances, held_out)
+                start, pull = self._first_scores(importances), self._pull(cast)
+                best, history = self._learn_scores(answered, importances, held_out, (start, pull))
                 saved = {"best": best, **importances}
                 self.learning.write_tensors("learned", saved)
                 self.learning.write_json("history", history)
@@ -303,16 +306,22 @@ class _Sculptor:
         return saved
 
     def _learn_scores(
-        self, answered: _Answered, importances: dict[str, torch.Tensor], held_out: HeldOut
+        self,
+        answered: _Answered,
+        importances: dict[str, torch.Tensor],
+        held_out: HeldOut,
+        scores: tuple[torch.Tensor, torch.Tensor],  # the first ones, and what pulls on them
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         settings = self.settings
         learner = MaskLearner(
             self.model,
-            averaged_ranks(importances["wanda"], importances["fisher"]),
+            scores[0],
             self.kept,
             steps=settings.steps,
             learning_rate=settings.learning_rate,
             loss=settings.loss,
+            question_share=settings.question_share,
+            pull=scores[1],
         )
         history = self.learning.read_json("learning")
         state = self.learning.read_tensors("learning")
@@ -351,6 +360,20 @@ class _Sculptor:
             self.reporter.at(number, settings.steps, loss=loss, message="learning the mask")
         history["step"] = learner.step_number
         return best, history
+
+    def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
+        prior = prior_of(self.base, self.cache_dir) if self.settings.start == "prior" else None
+        return averaged_ranks(importances["wanda"], importances["fisher"]) if prior is None else prior.at(self.kept)
+
+    def _pull(self, cast: Sequence[Mask]) -> torch.Tensor:
+        """Towards the cast as it was when learning began, `[layers, intermediate]`: a resumed job keeps its goal."""
+        saved = self.learning.read_tensors("cast")
+        if saved is None:
+            saved = {"usage": torch.zeros(self.base.shape.num_layers, self.base.shape.intermediate_size)}
+            for mask in cast:
+                saved["usage"] += torch.from_numpy(mask.to_dense()).float() / len(cast)
+            self.learning.write_tensors("cast", saved)
+        return self.settings.cast_pull * saved["usage"]
 
     # 4. recover
 
@@ -428,7 +451,7 @@ class _Sculptor:
         """None with attached weights, which the engine that samples cannot serve."""
         if recovered.kind in ("lora", "full"):
             return None
-        places = _spread(range(len(answered.test)), self.settings.num_free_running)
+        places = spread(range(len(answered.test)), self.settings.num_free_running)
         chosen = [answered.test[place] for place in places]
         planned = [
             synthesis.Planned(one.id, _instruction(one), one.sensitivity or 0.0, None, 0, seed=index)
@@ -483,13 +506,6 @@ class _Sculptor:
             examples_path=self.answers.examples_path("examples"),
             seconds=self.seconds(),
         )
-
-
-def _spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of them, evenly over a list that is in topic order."""
-    if count >= len(items):
-        return list(items)
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _instruction(example: Example) -> Instruction:
