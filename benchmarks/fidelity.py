@@ -61,7 +61,7 @@ def _options() -> argparse.Namespace:
 def _keep(folder: Path, spec: SculptSpec, result: SculptResult) -> None:
     """Mask and report, in the form that the ready personas ship in."""
     folder.mkdir(parents=True, exist_ok=True)
-    header = MaskHeader(spec.persona_id, 1, "none", result.prompt_sha256, result.settings, utc_now())
+    header = MaskHeader(spec.persona_id, 1, result.recovery, result.prompt_sha256, result.settings, utc_now())
     name = f"{spec.persona_id}-{spec.sparsity}"
     mask_file.write(folder / f"{name}.safetensors", MaskFile(result.subnetwork, header))
     (folder / f"{name}.report.json").write_text(json.dumps(result.report, indent=1, ensure_ascii=False), "utf-8")

@@ -124,11 +124,7 @@ class MaskLearner:
         planted = plant_examples(examples, self._model, question_share=self._question_share)
         mask = self.training_mask()
         states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
-        head = head_weight(self._model)
-        if self._loss == "kl":
-            loss = chunked_kl(states, dense_states(self._model, planted), head, planted.weights)
-        else:
-            loss = chunked_cross_entropy(states, head, planted.targets, planted.weights)
+        loss = answer_loss(self._model, planted, states, self._loss)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         for group in self._optimizer.param_groups:
@@ -169,3 +165,11 @@ def warm_cosine(step: int, steps: int) -> float:
 def dense_states(model: torch.nn.Module, planted: Planted) -> torch.Tensor:
     """The dense base's final states at the supervised rows, `[supervised, hidden]`."""
     return run_tree(model, planted.tree, TreeContext(planted.tree))[planted.rows]
+
+
+def answer_loss(model: torch.nn.Module, planted: Planted, states: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """The loss in nats a token of a changed base's final states at the supervised rows, differentiable in them."""
+    head = head_weight(model)
+    if loss == "kl":
+        return chunked_kl(states, dense_states(model, planted), head, planted.weights)
+    return chunked_cross_entropy(states, head, planted.targets, planted.weights)
