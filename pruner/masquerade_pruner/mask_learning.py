@@ -7,7 +7,7 @@ mask is taken for the identity, so z receives the mask's gradient (Persona-Prune
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,13 +27,14 @@ class Planted:
     tree: Tree
     rows: torch.Tensor  # [supervised]: positions in the packed row whose next token is an answer token
     targets: torch.Tensor  # [supervised]
-    weights: torch.Tensor  # [supervised] fp32: each example counts the same, and so does each of its tokens
+    weights: torch.Tensor  # [supervised] fp32: each example counts the same, and so does each of its tokens; of a
+    # whole step they sum to 1, of a micro-batch to its share
     owners: torch.Tensor  # [supervised]: index of the example
     num_examples: int
 
 
-def plant_examples(examples: Sequence[Example], model: torch.nn.Module) -> Planted:
-    """Pack examples of one persona around their shared prompt."""
+def plant_examples(examples: Sequence[Example], model: torch.nn.Module, *, of: int | None = None) -> Planted:
+    """Pack examples of one persona around their shared prompt; they are some `of` a step's, by default all of it."""
     head = head_weight(model)
     device = head.device
     tree = plant([(*one.prompt, *one.answer) for one in examples], device, head.dtype)
@@ -43,7 +44,7 @@ def plant_examples(examples: Sequence[Example], model: torch.nn.Module) -> Plant
         count = len(one.answer)
         rows.append(torch.arange(end - count, end))
         targets.append(torch.tensor(one.answer))
-        weights.append(torch.full((count,), 1.0 / (count * len(examples))))
+        weights.append(torch.full((count,), 1.0 / (count * (of or len(examples)))))
         owners.append(torch.full((count,), index))
     return Planted(
         tree,
@@ -53,6 +54,18 @@ def plant_examples(examples: Sequence[Example], model: torch.nn.Module) -> Plant
         owners=torch.cat(owners).to(device),
         num_examples=len(examples),
     )
+
+
+def plant_micro_batches(
+    examples: Sequence[Example], model: torch.nn.Module, micro_batch: int | None
+) -> Iterator[Planted]:
+    """One step's examples in trees of at most `micro_batch` branches (None: one tree), each with the shared prompt.
+
+    The losses of all, and so their gradients, add up to the whole step's.
+    """
+    size = micro_batch or len(examples)
+    for start in range(0, len(examples), size):
+        yield plant_examples(examples[start : start + size], model, of=len(examples))
 
 
 def top_k_mask(scores: torch.Tensor, kept: int) -> torch.Tensor:
@@ -83,12 +96,17 @@ class MaskLearner:
         steps: int,
         learning_rate: float,
         loss: Loss = "kl",
+        micro_batch: int | None = None,  # branches a pass; None: all of a step
+        checkpointing: bool = False,
     ) -> None:
-        self.scores = initial_scores.detach().clone().float().requires_grad_()
+        # Beside the model, whatever device the scores come from.
+        self.scores = initial_scores.detach().to(head_weight(model).device, torch.float32, copy=True).requires_grad_()
         self.step_number = 0
         self._model = model
         self._kept = kept
         self._loss = loss
+        self._micro_batch = micro_batch
+        self._checkpointing = checkpointing
         self._optimizer = torch.optim.Adam([self.scores], lr=learning_rate)
         self._learning_rate = learning_rate
         self._steps = steps
@@ -99,21 +117,27 @@ class MaskLearner:
 
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""
-        planted = plant_examples(examples, self._model)
-        mask = _StraightThrough.apply(self.scores, self._kept)  # type: ignore[no-untyped-call]
-        states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
-        head = head_weight(self._model)
-        if self._loss == "kl":
-            loss = chunked_kl(states, dense_states(self._model, planted), head, planted.weights)
-        else:
-            loss = chunked_cross_entropy(states, head, planted.targets, planted.weights)
         self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        total = 0.0
+        for planted in plant_micro_batches(examples, self._model, self._micro_batch):
+            loss = self._loss_of(planted)
+            torch.autograd.backward(loss)
+            total += float(loss.detach())
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * warm_cosine(self.step_number, self._steps)
         self._optimizer.step()
         self.step_number += 1
-        return float(loss.detach())
+        return total
+
+    def _loss_of(self, planted: Planted) -> torch.Tensor:
+        """The share of the step's loss that the planted examples have."""
+        mask = _StraightThrough.apply(self.scores, self._kept)  # type: ignore[no-untyped-call]
+        context = TreeContext(planted.tree, mask)
+        states = run_tree(self._model, planted.tree, context, checkpointing=self._checkpointing)[planted.rows]
+        head = head_weight(self._model)
+        if self._loss == "kl":
+            return chunked_kl(states, dense_states(self._model, planted), head, planted.weights)
+        return chunked_cross_entropy(states, head, planted.targets, planted.weights)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything a resumed learner needs, as tensors."""
@@ -129,8 +153,7 @@ class MaskLearner:
         if "exp_avg" in state:
             self._optimizer.state[self.scores] = {
                 "step": torch.tensor(float(self.step_number)),
-                "exp_avg": state["exp_avg"].clone(),
-                "exp_avg_sq": state["exp_avg_sq"].clone(),
+                **{key: state[key].to(self.scores.device, copy=True) for key in ("exp_avg", "exp_avg_sq")},
             }
 
 

@@ -39,6 +39,9 @@ PackCache = Annotated[
 ]
 Key = Annotated[str | None, typer.Option(help="Ask every client for this bearer key. [MASQUERADE_API_KEY]")]
 Workers = Annotated[int | None, typer.Option(help="Sculpt workers beside the server, 0 or 1 (1). [MASQUERADE_WORKERS]")]
+SculptDevice = Annotated[
+    str | None, typer.Option(help="Where the worker sculpts, by default --device. [MASQUERADE_SCULPT_DEVICE]")
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine (every core). [MASQUERADE_THREADS]")]
 
 
@@ -60,6 +63,7 @@ def serve(
     pack_cache_mb: PackCache = None,
     api_key: Key = None,
     workers: Workers = None,
+    sculpt_device: SculptDevice = None,
     threads: Threads = None,
     log_level: options.LogLevel = None,
 ) -> None:
@@ -91,6 +95,7 @@ def serve(
         pack_cache_mb=pack_cache_mb,
         api_key=api_key,
         workers=workers,
+        sculpt_device=sculpt_device,
         threads=threads,
         log_level=log_level,
     )
