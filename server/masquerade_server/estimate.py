@@ -53,14 +53,13 @@ class Estimator:
 
     def need_not_ask(self, body: PersonaBody, base: Base) -> bool:
         """Whether a sculpt is another worker's affair, or there is plainly enough memory: asking takes seconds."""
-        settings = self._settings
-        if settings.workers == 0:
+        if self._settings.workers == 0:
             return True
-        same_device = settings.sculpt_device == settings.device and base.device.type == "cpu"
-        if not (settings.sculpt_device == "cpu" or same_device):
-            return False
-        from masquerade_engine.kv_cache import KVGeometry  # noqa: PLC0415  (torch, which a base brings anyway)
+        from masquerade_engine.base import resolve_device  # noqa: PLC0415  (torch, which a base has brought)
+        from masquerade_engine.kv_cache import KVGeometry  # noqa: PLC0415
 
+        if resolve_device(self._settings.sculpt_device).type != "cpu":
+            return False
         item = base.dtype.itemsize
         tokens = len(body.text.encode()) // 2 + _PLENTY_TOKENS
         keys = _PLENTY_STREAMS * tokens * KVGeometry.of(base.config, base.dtype).bytes_per_token
