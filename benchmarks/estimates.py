@@ -55,7 +55,7 @@ WORK = Workload(
     num_answers=998,
     num_held_out=230,
 )
-# Random models with the bundled tokenizer: family, layers, hidden, intermediate, query heads, key heads, sliding window.
+# Random models with the bundled tokenizer: family, layers, hidden, intermediate, query and key heads, sliding window.
 RANDOM_MODELS = (
     ("llama", 12, 512, 1536, 8, 2, None),
     ("llama", 6, 1024, 4096, 16, 4, None),
@@ -110,8 +110,8 @@ def _shapes_section() -> str:
     lines = [
         "## What larger bases would take",
         "",
-        "A default sculpt (16 branches a step of 64 answer tokens, a prompt of 300) in bf16 at 25 %, on GPUs of 80, 24 and",
-        "16 GB of which 1.5 GB are taken. Nothing here was run.",
+        "A default sculpt (16 branches a step of 64 answer tokens, a prompt of 300) in bf16 at 25 %, on GPUs of 80, 24",
+        "and 16 GB of which 1.5 GB are taken; GB by stage. Nothing here was run.",
         "",
         "| base | weights GB | GPU GB | plan | select | answer | learn | evaluate |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

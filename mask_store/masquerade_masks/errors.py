@@ -286,4 +286,5 @@ class InsufficientMemory(MasqueradeError):
 
     def __str__(self) -> str:
         needed, free = self.needed_bytes / 1e9, self.available_bytes / 1e9
-        return f"this sculpt needs about {needed:.1f} GB, this device ({self.device}) has {free:.1f} GB free; {self.advice}"
+        where = f"this device ({self.device})"
+        return f"this sculpt needs about {needed:.1f} GB, {where} has {free:.1f} GB free; {self.advice}"

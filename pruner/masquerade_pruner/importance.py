@@ -51,9 +51,7 @@ def fisher_importance(
         for planted in plant_micro_batches(examples[start : start + batch], model, micro_batch):
             context = TreeContext(planted.tree, mask)
             states = run_tree(model, planted.tree, context, checkpointing=checkpointing)[planted.rows]
-            torch.autograd.backward(
-                chunked_cross_entropy(states, head_weight(model), planted.targets, planted.weights)
-            )
+            torch.autograd.backward(chunked_cross_entropy(states, head_weight(model), planted.targets, planted.weights))
         assert mask.grad is not None
         total += mask.grad.square()
         mask.grad = None

@@ -39,8 +39,9 @@ def plant_examples(examples: Sequence[Example], model: torch.nn.Module, *, of: i
     device = head.device
     tree = plant([(*one.prompt, *one.answer) for one in examples], device, head.dtype)
     rows, targets, weights, owners = [], [], [], []
+    last = tree.last.tolist()
     for index, one in enumerate(examples):
-        end = int(tree.last[index])  # the answer's last token predicts nothing that is supervised
+        end = last[index]  # the answer's last token predicts nothing that is supervised
         count = len(one.answer)
         rows.append(torch.arange(end - count, end))
         targets.append(torch.tensor(one.answer))

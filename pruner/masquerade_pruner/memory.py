@@ -140,11 +140,15 @@ def block_saved(shape: Shape, tokens: int, prompt: int, branches: int, recovery:
     norms = 8 * shape.hidden * tokens  # two fp32 copies of the stream
     if shape.head_norms:
         norms += 8 * shape.head_dim * (heads + kv_heads) * tokens
-    attention = shape.head_dim * item * (
-        (heads + 2 * kv_heads) * tokens  # queries, keys and values of the row
-        + heads * prompt  # attended values of the prompt
-        + 2 * heads * branches * own  # queries and attended values of the branches
-        + 2 * kv_heads * branches * (prompt + own)  # what each branch sees
+    attention = (
+        shape.head_dim
+        * item
+        * (
+            (heads + 2 * kv_heads) * tokens  # queries, keys and values of the row
+            + heads * prompt  # attended values of the prompt
+            + 2 * heads * branches * own  # queries and attended values of the branches
+            + 2 * kv_heads * branches * (prompt + own)  # what each branch sees
+        )
     )
     return int(ffn + norms + attention + recovery.kept_activations * item * tokens)
 

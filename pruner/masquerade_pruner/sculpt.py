@@ -427,9 +427,7 @@ class _Sculptor:
             "learning": {**learned.history, "num_examples": len(answered.train)},
         }
 
-    def _fidelity(
-        self, answered: _Answered, learned: _Learned, strongest: str
-    ) -> tuple[dict[str, Any], torch.Tensor]:
+    def _fidelity(self, answered: _Answered, learned: _Learned, strongest: str) -> tuple[dict[str, Any], torch.Tensor]:
         """The comparison by kind of context, and the dense model's NLL of its own test answers.
 
         Nothing that is returned holds the model, which may have to go before the engine comes.

@@ -253,9 +253,7 @@ def head_weight(model: torch.nn.Module) -> torch.Tensor:
     return weight
 
 
-def run_tree(
-    model: torch.nn.Module, tree: Tree, context: TreeContext, *, checkpointing: bool = False
-) -> torch.Tensor:
+def run_tree(model: torch.nn.Module, tree: Tree, context: TreeContext, *, checkpointing: bool = False) -> torch.Tensor:
     """The final normed hidden states of every token, `[num_tokens, hidden]`.
 
     With `checkpointing`, a decoder block keeps its input alone for the backward pass, which runs the block again.

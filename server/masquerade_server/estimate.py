@@ -116,9 +116,7 @@ def main() -> None:
 
     tools = load_sculpting(config)
     try:
-        found = tools.estimate(
-            tools.spec(persona_id="estimate", **spec), tools.base, behind_others=behind_others
-        )
+        found = tools.estimate(tools.spec(persona_id="estimate", **spec), tools.base, behind_others=behind_others)
     except InsufficientMemory as error:
         names = ("device", "needed_bytes", "available_bytes", "advice")
         json.dump({"refused": {name: getattr(error, name) for name in names}}, sys.stdout)

@@ -109,7 +109,9 @@ def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
         plan(JOB_8B, 15.2)
     error = refused.value
     assert error.needed_bytes > 16 * GB > error.available_bytes
-    assert str(error).startswith(f"this sculpt needs about {error.needed_bytes / 1e9:.1f} GB, this device (cuda:0) has 15.2 GB")
+    assert str(error).startswith(
+        f"this sculpt needs about {error.needed_bytes / 1e9:.1f} GB, this device (cuda:0) has 15.2 GB"
+    )
     assert "16.1 GB a copy of the weights" in str(error)
 
 
@@ -136,9 +138,9 @@ def test_the_machine_beside_a_gpu_has_to_hold_its_part() -> None:
 @pytest.mark.parametrize(("smaller", "larger"), [("none", "lora"), ("vectors", "full"), ("lora", "full")])
 def test_recovery_is_reckoned_with(smaller: str, larger: str) -> None:
     peaks = [
-        replace(JOB_8B, recovery=kind).stages(
-            2, checkpointing=True, streams=8, slot_tokens=1000, keeps_learner=False
-        )["learn"]
+        replace(JOB_8B, recovery=kind).stages(2, checkpointing=True, streams=8, slot_tokens=1000, keeps_learner=False)[
+            "learn"
+        ]
         for kind in (smaller, larger)
     ]
     assert peaks[0] <= peaks[1]
@@ -146,9 +148,7 @@ def test_recovery_is_reckoned_with(smaller: str, larger: str) -> None:
 
 def test_each_saving_saves() -> None:
     def learn(branches: int, checkpointing: bool) -> int:
-        stages = JOB_8B.stages(
-            branches, checkpointing=checkpointing, streams=8, slot_tokens=1000, keeps_learner=False
-        )
+        stages = JOB_8B.stages(branches, checkpointing=checkpointing, streams=8, slot_tokens=1000, keeps_learner=False)
         return stages["learn"]
 
     assert learn(16, False) > learn(8, False) > learn(1, False)
