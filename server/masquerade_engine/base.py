@@ -112,9 +112,7 @@ def resolve_device(device: str) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise SettingError("device", f"{device} was asked for, but torch sees no CUDA device; use auto or cpu")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise SettingError(
-            "device", f"{device} was asked for, but the last CUDA device is {torch.cuda.device_count() - 1}"
-        )
+        raise SettingError("device", f"{device} was asked for, and there are {torch.cuda.device_count()}, from cuda:0 on")
     return chosen
 
 

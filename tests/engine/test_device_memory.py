@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from masquerade_engine.device_memory import give_memory_back, host_memory
+from masquerade_engine.device_memory import host_memory
 
 GB = 1000**3
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,11 +145,24 @@ def test_no_tensor_of_a_step_is_left_on_the_processor(
 ) -> None:
     """On the meta device, as on a GPU, an operation on tensors of two devices fails."""
     base = load_base(str(tiny_base_dir), cache_dir=tmp_path, dtype="bf16", device="cpu")
-    model = base.build_model().to("meta")
+    model = base.build_model()
+    planted = on_meta(plant_examples(make_examples(3), model))
+    model.to("meta")
     for checkpointing in (False, True):
         learner = learner_of(model, loss=loss, checkpointing=checkpointing)
-        value = learner._loss_of(plant_examples(make_examples(3), model))
+        value = learner._loss_of(planted)
         torch.autograd.backward(value)
         assert value.device.type == "meta"
         assert learner.scores.grad is not None
         assert learner.scores.grad.device.type == learner.mask().device.type == "meta"
+
+
+def on_meta(value: Any) -> Any:
+    """A dataclass of tensors, dataclasses and tuples of them, with every tensor on the meta device."""
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple):
+        return tuple(on_meta(one) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: on_meta(getattr(value, one.name)) for one in fields(value)})
+    return value

@@ -82,7 +82,7 @@ def test_less_memory_means_checkpointing_then_small_passes_then_one_copy_of_the_
 
 @pytest.mark.parametrize("prompt", [30, 2000])
 def test_of_the_ways_that_fit_the_one_with_the_least_work_is_taken(prompt: int) -> None:
-    """Smaller passes compute the prompt again, checkpointing every forward pass: which is less depends on the prompt."""
+    """Smaller passes compute the prompt again, checkpointing every forward pass: the prompt decides which is less."""
     job = replace(JOB_1B, work=replace(WORK, prompt=prompt))
     ways = [(size, again) for size in (16, 8, 4, 2, 1) for again in ("off", "on")]
     chosen = set()
@@ -109,9 +109,8 @@ def test_what_cannot_fit_is_refused_with_the_numbers() -> None:
         plan(JOB_8B, 15.2)
     error = refused.value
     assert error.needed_bytes > 16 * GB > error.available_bytes
-    assert str(error).startswith(
-        f"this sculpt needs about {error.needed_bytes / 1e9:.1f} GB, this device (cuda:0) has 15.2 GB"
-    )
+    needed = f"{error.needed_bytes / 1e9:.1f} GB"
+    assert str(error).startswith(f"this sculpt needs about {needed}, this device (cuda:0) has 15.2 GB free; ")
     assert "16.1 GB a copy of the weights" in str(error)
 
 

@@ -137,7 +137,7 @@ def test_bad_specs_name_their_field(changed: dict[str, str], field: str) -> None
 def test_any_way_to_run_learns_the_same_mask(
     make_tiny_base: Callable[..., Path], instructions: Path, tmp_path: Path, model_type: str
 ) -> None:
-    """fp32: rounding may turn a neuron or two that stand at the threshold."""
+    """Adam's first step is the gradient's sign: rounding turns a few neurons that stand at the threshold."""
     directory = make_tiny_base(tmp_path / "base", model_type)
     base = load_base(str(directory), cache_dir=tmp_path / "cache", dtype="fp32", device="cpu")
     spec = SculptSpec("tester", "Tester", TEXT, sparsity=0.5, preset="smoke", instructions=instructions)
@@ -153,7 +153,9 @@ def test_any_way_to_run_learns_the_same_mask(
         "device": "cpu", "dtype": "float32", "micro_batch": 16, "checkpointing": False
     }  # fmt: skip
     assert (small.settings["plan"]["micro_batch"], small.settings["plan"]["checkpointing"]) == (2, True)
-    assert small.report["learning"]["loss"] == pytest.approx(plain.report["learning"]["loss"], rel=2e-3)
+    losses, wanted = (one.report["learning"]["loss"] for one in (small, plain))
+    assert losses[0] == pytest.approx(wanted[0], abs=2e-5)  # of five decimals
+    assert losses == pytest.approx(wanted, rel=0.01)
     masks = [one.subnetwork.mask.to_dense() for one in (plain, small)]
     assert (masks[0] != masks[1]).mean() < 0.02
 
@@ -179,7 +181,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(
     run_sculpt: Callable[..., SculptResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = DeviceMemory(free=100_000_000, total=8_000_000_000)
-    monkeypatch.setattr("masquerade_pruner.estimate.device_memory", lambda device: memory)
+    monkeypatch.setattr(sys.modules["masquerade_pruner.estimate"], "device_memory", lambda device: memory)
     news: list[Progress] = []
     with pytest.raises(InsufficientMemory, match=r"needs about .* GB, this device \(cpu\) has 0.1 GB free") as refused:
         run_sculpt(tmp_path, progress=news.append)
@@ -213,7 +215,7 @@ def test_a_job_behind_others_is_measured_against_all_of_the_memory(
     tiny_base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = DeviceMemory(free=100_000_000, total=8_000_000_000)
-    monkeypatch.setattr("masquerade_pruner.estimate.device_memory", lambda device: memory)
+    monkeypatch.setattr(sys.modules["masquerade_pruner.estimate"], "device_memory", lambda device: memory)
     spec = SculptSpec("p", "P", TEXT)
     with pytest.raises(InsufficientMemory):
         estimate(spec, tiny_base)

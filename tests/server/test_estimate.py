@@ -38,8 +38,9 @@ async def test_each_kind_of_sculpt_is_asked_for_once_and_few_are_kept(
 
 MIRA = {"name": "Mira", "text": "A keeper."}
 REFUSED = {
-    "refused": {"device": "cpu", "needed_bytes": 21_300_000_000, "available_bytes": 15_200_000_000, "advice": "x"}
+    "refused": {"device": "cpu", "needed_bytes": 21_300_000_000, "available_bytes": 15_200_000_000, "advice": "wait"}
 }
+
 IDLE_WORKER = (sys.executable, "-c", "import sys; sys.stdin.read()")
 
 
