@@ -357,6 +357,8 @@ def failure_sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, MemoryError):
         return "the server ran out of memory while sculpting"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; a server without torch has none
+        return "the GPU ran out of memory while sculpting: try a smaller --sculpt-micro-batch"
     return f"the sculpt failed unexpectedly ({type(error).__name__}); the server's log says more"
 
 

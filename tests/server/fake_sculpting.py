@@ -58,6 +58,7 @@ def sculpt(
     cache_dir: Path,
     progress: Callable[[Progress], None],
     cancelled: Callable[[], bool] = lambda: False,
+    execution: Any = None,
 ) -> Any:
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint = workdir / "step.json"
