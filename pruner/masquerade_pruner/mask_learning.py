@@ -7,7 +7,7 @@ mask is taken for the identity, so z receives the mask's gradient (Persona-Prune
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,13 +27,16 @@ class Planted:
     tree: Tree
     rows: torch.Tensor  # [supervised]: positions in the packed row whose next token is an answer token
     targets: torch.Tensor  # [supervised]
-    weights: torch.Tensor  # [supervised] fp32: each example counts the same, and so does each of its tokens
+    weights: torch.Tensor  # [supervised] fp32: each example counts the same, and so does each of its tokens; of a
+    # whole step they sum to 1, of a micro-batch to its share
     owners: torch.Tensor  # [supervised]: index of the example
     num_examples: int
 
 
-def plant_examples(examples: Sequence[Example], model: torch.nn.Module, *, question_share: float = 0.0) -> Planted:
-    """Pack examples of one persona around their shared prompt.
+def plant_examples(
+    examples: Sequence[Example], model: torch.nn.Module, *, of: int | None = None, question_share: float = 0.0
+) -> Planted:
+    """Pack examples of one persona around their shared prompt; they are some `of` a step's, by default all of it.
 
     Of an example's weight its answer's tokens have 1 - `question_share`; the tokens of its own that come before (scene,
     earlier turns, question) share the rest, with the next token of the text as target.
@@ -42,16 +45,17 @@ def plant_examples(examples: Sequence[Example], model: torch.nn.Module, *, quest
     device = head.device
     tree = plant([(*one.prompt, *one.answer) for one in examples], device, head.dtype)
     rows, targets, weights, owners = [], [], [], []
+    last = tree.last.tolist()
     for index, one in enumerate(examples):
-        end = int(tree.last[index])  # the answer's last token predicts nothing that is supervised
+        end = last[index]  # the answer's last token predicts nothing that is supervised
         count = len(one.answer)
         # The branch's tokens before the answer, but for its first, which the shared prefix predicts.
         before = max(0, len(one.prompt) - tree.num_prefix - 1) if question_share else 0
         share = question_share if before else 0.0
         rows.append(torch.arange(end - count - before, end))
         targets.append(torch.tensor([*one.prompt[len(one.prompt) - before :], *one.answer]))
-        weights.append(torch.full((before,), share / (max(1, before) * len(examples))))
-        weights.append(torch.full((count,), (1.0 - share) / (count * len(examples))))
+        weights.append(torch.full((before,), share / (max(1, before) * (of or len(examples)))))
+        weights.append(torch.full((count,), (1.0 - share) / (count * (of or len(examples)))))
         owners.append(torch.full((before + count,), index))
     return Planted(
         tree,
@@ -61,6 +65,18 @@ def plant_examples(examples: Sequence[Example], model: torch.nn.Module, *, quest
         owners=torch.cat(owners).to(device),
         num_examples=len(examples),
     )
+
+
+def plant_micro_batches(
+    examples: Sequence[Example], model: torch.nn.Module, micro_batch: int | None, *, question_share: float = 0.0
+) -> Iterator[Planted]:
+    """One step's examples in trees of at most `micro_batch` branches (None: one tree), each with the shared prompt.
+
+    The losses of all, and so their gradients, add up to the whole step's.
+    """
+    size = micro_batch or len(examples)
+    for start in range(0, len(examples), size):
+        yield plant_examples(examples[start : start + size], model, of=len(examples), question_share=question_share)
 
 
 def top_k_mask(scores: torch.Tensor, kept: int) -> torch.Tensor:
@@ -99,14 +115,19 @@ class MaskLearner:
         loss: Loss = "kl",
         question_share: float = 0.0,
         pull: torch.Tensor | None = None,  # [layers, intermediate], added to the scores where neurons are chosen
+        micro_batch: int | None = None,  # branches a pass; None: all of a step
+        checkpointing: bool = False,
     ) -> None:
-        self.scores = initial_scores.detach().clone().float().requires_grad_()
+        # Beside the model, whatever device the scores come from.
+        self.scores = initial_scores.detach().to(head_weight(model).device, torch.float32, copy=True).requires_grad_()
         self.step_number = 0
         self._model = model
         self._kept = kept
         self._loss = loss
         self._question_share = question_share
-        self._pull = 0.0 if pull is None else pull
+        self._pull = torch.zeros_like(self.scores) if pull is None else pull.to(self.scores.device)
+        self._micro_batch = micro_batch
+        self._checkpointing = checkpointing
         self._optimizer = torch.optim.Adam([self.scores], lr=learning_rate)
         self._learning_rate = learning_rate
         self._steps = steps
@@ -121,17 +142,26 @@ class MaskLearner:
 
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""
-        planted = plant_examples(examples, self._model, question_share=self._question_share)
-        mask = self.training_mask()
-        states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
-        loss = answer_loss(self._model, planted, states, self._loss)
         self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        total = 0.0
+        for planted in self._micro_batches(examples):
+            loss = self._loss_of(planted)
+            torch.autograd.backward(loss)
+            total += float(loss.detach())
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * warm_cosine(self.step_number, self._steps)
         self._optimizer.step()
         self.step_number += 1
-        return float(loss.detach())
+        return total
+
+    def _micro_batches(self, examples: Sequence[Example]) -> Iterator[Planted]:
+        return plant_micro_batches(examples, self._model, self._micro_batch, question_share=self._question_share)
+
+    def _loss_of(self, planted: Planted) -> torch.Tensor:
+        """The share of the step's loss that the planted examples have."""
+        context = TreeContext(planted.tree, self.training_mask())
+        states = run_tree(self._model, planted.tree, context, checkpointing=self._checkpointing)[planted.rows]
+        return answer_loss(self._model, planted, states, self._loss)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything a resumed learner needs, as tensors."""
@@ -147,8 +177,7 @@ class MaskLearner:
         if "exp_avg" in state:
             self._optimizer.state[self.scores] = {
                 "step": torch.tensor(float(self.step_number)),
-                "exp_avg": state["exp_avg"].clone(),
-                "exp_avg_sq": state["exp_avg_sq"].clone(),
+                **{key: state[key].to(self.scores.device, copy=True) for key in ("exp_avg", "exp_avg_sq")},
             }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,23 @@ from typing import Any
 import torch
 
 from masquerade_engine.base import Base
+from masquerade_engine.device_memory import give_memory_back
 from masquerade_engine.engine import Engine
+from masquerade_engine.kv_cache import KVGeometry, slots_are_lazy
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
 from masquerade_engine.requests import PersonaFunction
 from masquerade_engine.settings import EngineSettings
-from masquerade_masks import Mask, SubNetwork, round_kept
+from masquerade_masks import InsufficientMemory, Mask, SubNetwork, round_kept
 from masquerade_pruner import evaluation, synthesis
 from masquerade_pruner.changes import Change
 from masquerade_pruner.epochs import Epochs
+from masquerade_pruner.estimate import describe, plan_for
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
 from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
+from masquerade_pruner.plan import Execution, Plan
 from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
 from masquerade_pruner.prior import prior_of
 from masquerade_pruner.progress import STAGES, Progress, Reporter
@@ -34,7 +38,6 @@ from masquerade_pruner.teacher import SelfTeacher
 from masquerade_pruner.tree import Forward, masked
 from masquerade_pruner.workdir import Workdir
 
-ANSWER_STREAMS = 64  # answers written at once; the engine's tokens a second still grow from 32 to 64 streams
 SAVE_ANSWERS_EVERY = 64  # answers between two checkpoints of the answer stage
 SAVE_STEPS_EVERY = 10  # learning steps between two checkpoints
 
@@ -87,6 +90,7 @@ def sculpt(
     cache_dir: Path,
     answers_dir: Path | None = None,
     cast: Sequence[Mask] = (),
+    execution: Execution | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SculptResult:
@@ -94,11 +98,13 @@ def sculpt(
 
     `workdir` holds the stages' checkpoints: the same spec in the same directory goes on where it was. `cache_dir` holds
     what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`. Towards the
-    neurons that the masks of its `cast` keep, this one is pulled.
-    Raises `SculptCancelled`, and `SettingError` for an unusable instruction set.
+    neurons that the masks of its `cast` keep, this one is pulled. `execution` says how it may run; by default the
+    fastest way that fits the device's memory is taken.
+    Raises `InsufficientMemory` before anything is loaded, `SculptCancelled`, and `SettingError` for an unusable
+    instruction set.
     """
     directories = (answers_dir or workdir / "answers", workdir / "mask", workdir / "recovery")
-    run = _Sculptor(spec, base, directories, cache_dir, progress, cancelled)
+    run = _Sculptor(spec, base, directories, cache_dir, execution or Execution(), progress, cancelled)
     with run.workshop():
         selected = run.select()
         answered = run.answer(selected)
@@ -117,6 +123,7 @@ class _Sculptor:
         base: Base,
         directories: tuple[Path, Path, Path],  # answers, mask, recovery
         cache_dir: Path,
+        execution: Execution,
         progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
     ) -> None:
@@ -135,9 +142,23 @@ class _Sculptor:
         self.answers = Workdir(directories[0], {**identity, **of_answers})
         self.learning = Workdir(directories[1], {**identity, **of_mask})
         self.recovering = Workdir(directories[2], {**identity, **self.metadata})
+        self.plan = self._planned(execution)
         shares = {stage: share for stage, share in STAGES.items() if stage != "recover" or spec.recovery != "none"}
         self.reporter = Reporter(progress, cancelled, self._add_seconds, shares)
         self._engine: Engine | None = None
+
+    def _planned(self, execution: Execution) -> Plan:
+        """The plan that this directory's steps ran by, where it still fits, else the best one now."""
+        job = describe(self.spec, self.base, self.settings, self.instructions)
+        earlier = self.learning.read_json("plan")
+        if earlier is not None:
+            try:
+                return plan_for(job, self.base, Execution(**earlier))
+            except InsufficientMemory:  # other programs hold more than they did then
+                pass
+        plan = plan_for(job, self.base, execution)
+        self.learning.write_json("plan", plan.execution)
+        return plan
 
     def _add_seconds(self, stage: str, seconds: float) -> None:
         directories = {"select": self.answers, "answer": self.answers, "learn": self.learning}
@@ -160,6 +181,12 @@ class _Sculptor:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+            give_memory_back(self.base.device)
+
+    def release_model(self) -> None:
+        """Give the learner's weights back; who needs them next loads them again."""
+        self.__dict__.pop("model", None)
+        give_memory_back(self.base.device)
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -169,9 +196,20 @@ class _Sculptor:
     def teacher(self, subnetwork: SubNetwork | None = None) -> SelfTeacher:
         """The base, or one of its sub-networks, behind the engine."""
         if self._engine is None:
-            self._engine = Engine(self.base, EngineSettings(max_num_seqs=ANSWER_STREAMS, max_queue=1_000_000))
+            if not self.plan.keeps_learner:
+                self.release_model()
+            self._engine = Engine(self.base, self._engine_settings())
         digest = f"base:{self.base.fingerprint}" if subnetwork is None else subnetwork.digest
         return SelfTeacher(self._engine, PersonaFunction(digest, "sculpt", subnetwork))
+
+    def _engine_settings(self) -> EngineSettings:
+        settings = EngineSettings(max_num_seqs=self.plan.streams, max_queue=1_000_000)
+        if slots_are_lazy(self.base.device):
+            return settings
+        # Slots are reserved whole: no longer than the longest chat of the sculpt.
+        length = min(self.plan.slot_tokens, self.base.context_length)
+        num_bytes = self.plan.streams * length * KVGeometry.of(self.base.config, self.base.dtype).bytes_per_token
+        return replace(settings, max_model_len=length, kv_cache_bytes=num_bytes)
 
     # 1. select
 
@@ -185,6 +223,7 @@ class _Sculptor:
         scores = self.answers.read_json("sensitivity")
         if scores is None:
             with self.reporter.stage("select"):
+                self.reporter.at(0, 1, message=self.plan.sentence)
                 scores = self._score([*sets.train, *held_out["validation"], *held_out["test"]])
                 self.answers.write_json("sensitivity", scores)
         train = select(
@@ -283,6 +322,7 @@ class _Sculptor:
         if saved is None or history is None:
             self.release_engine()
             with self.reporter.stage("learn"):
+                self.reporter.at(0, self.settings.steps, message=self.plan.sentence)
                 importances = self._importances(answered)
                 held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
                 start, pull = self._first_scores(importances), self._pull(cast)
@@ -300,9 +340,16 @@ class _Sculptor:
             self.reporter.at(0, self.settings.steps, message="importance of neurons")
             saved = {
                 "wanda": activation_importance(self.model, few),
-                "fisher": fisher_importance(self.model, few, between=self.reporter.check),
+                "fisher": fisher_importance(
+                    self.model,
+                    few,
+                    micro_batch=self.plan.micro_batch,
+                    checkpointing=self.plan.checkpointing,
+                    between=self.reporter.check,
+                ),
             }
             self.learning.write_tensors("importance", saved)
+            give_memory_back(self.base.device)
         return saved
 
     def _learn_scores(
@@ -322,6 +369,8 @@ class _Sculptor:
             loss=settings.loss,
             question_share=settings.question_share,
             pull=scores[1],
+            micro_batch=self.plan.micro_batch,
+            checkpointing=self.plan.checkpointing,
         )
         history = self.learning.read_json("learning")
         state = self.learning.read_tensors("learning")
@@ -359,6 +408,7 @@ class _Sculptor:
                 self.learning.write_json("learning", history)
             self.reporter.at(number, settings.steps, loss=loss, message="learning the mask")
         history["step"] = learner.step_number
+        give_memory_back(self.base.device)
         return best, history
 
     def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -416,20 +466,10 @@ class _Sculptor:
         return {**report, "seconds": self.seconds()}
 
     def _report(self, answered: _Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
-        check = self.reporter.check
         strongest = evaluation.strongest_baseline(learned.validation_kl)
-        ours = recovered.change.forward
-        rivals = {name: masked(self.model, rival) for name, rival in learned.baselines.items()}
-        contexts: dict[str, Any] = {}
-        one_turn = HeldOut(self.model, answered.test, between=check)
-        self.reporter.at(1, 5, message="fidelity on test questions")
-        contexts["one_turn"] = evaluation.fidelity(one_turn, answered.test, ours, rivals, strongest)
-        self.reporter.at(2, 5, message="fidelity under scene lines")
-        if answered.test_scenes:
-            scenes = HeldOut(self.model, answered.test_scenes, between=check)
-            contexts["with_scene"] = evaluation.fidelity(scenes, answered.test_scenes, ours, rivals, strongest)
+        contexts, dense_nll = self._fidelity(answered, learned, recovered, strongest)
         self.reporter.at(3, 5, message="free-running answers")
-        free = self._free_running(answered, recovered, one_turn.dense_nll())
+        free = self._free_running(answered, recovered, dense_nll)
         self.reporter.at(5, 5, message="done")
         return {
             "format": evaluation.REPORT_FORMAT,
@@ -444,6 +484,25 @@ class _Sculptor:
             "learning": {**learned.history, "num_examples": len(answered.train)},
             "recovery": {"applied": recovered.kind, "bytes": recovered.num_bytes, **recovered.history},
         }
+
+    def _fidelity(
+        self, answered: _Answered, learned: _Learned, recovered: Recovered, strongest: str
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """The comparison by kind of context, and the dense model's NLL of its own test answers.
+
+        Nothing that is returned holds the model, which may have to go before the engine comes.
+        """
+        check = self.reporter.check
+        ours = recovered.change.forward
+        rivals = {name: masked(self.model, rival) for name, rival in learned.baselines.items()}
+        one_turn = HeldOut(self.model, answered.test, between=check)
+        self.reporter.at(1, 5, message="fidelity on test questions")
+        contexts = {"one_turn": evaluation.fidelity(one_turn, answered.test, ours, rivals, strongest)}
+        self.reporter.at(2, 5, message="fidelity under scene lines")
+        if answered.test_scenes:
+            scenes = HeldOut(self.model, answered.test_scenes, between=check)
+            contexts["with_scene"] = evaluation.fidelity(scenes, answered.test_scenes, ours, rivals, strongest)
+        return contexts, one_turn.dense_nll()
 
     def _free_running(
         self, answered: _Answered, recovered: Recovered, dense_nll: torch.Tensor
@@ -465,6 +524,8 @@ class _Sculptor:
             max_tokens=self.settings.answer_tokens,
             on_example=lambda _example: self.reporter.check(),
         )
+        if not self.plan.keeps_learner:
+            self.release_engine()
         by_id = {one.id: one for one in given}
         pairs = [
             (one, by_id[one.id], nll) for one, nll in zip(chosen, dense_nll[places], strict=True) if one.id in by_id
@@ -499,7 +560,7 @@ class _Sculptor:
             subnetwork=self.subnetwork(recovered),
             recovery=recovered.kind,
             attached=self.attached(recovered),
-            settings=self.metadata,
+            settings={**self.metadata, "plan": self.plan.metadata()},
             system_prompt=self.system_prompt,
             prompt_sha256=prompt_sha256(self.system_prompt),
             report=report,

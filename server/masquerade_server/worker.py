@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from masquerade_engine.threads import available_cores, yield_at_barriers
 from masquerade_masks import (
@@ -73,14 +74,20 @@ class Sculpting:
 
 
 def load_sculpting(config: WorkerConfig) -> Sculpting:
-    """Import the pruner and load the base's description. Raises what `load_base` raises."""
+    """Import the pruner and load the base's description. Raises what `load_base` and `Execution` raise."""
 
     import masquerade_pruner as pruner  # noqa: PLC0415
     from masquerade_engine.base import load_base  # noqa: PLC0415
 
     quiet_transformers()
     base = load_base(config.model, cache_dir=Path(config.cache_dir), dtype=config.dtype, device=config.device)
-    return Sculpting(pruner.sculpt, pruner.SculptSpec, pruner.estimate, base)
+    execution = pruner.Execution(cast(Any, config.checkpointing), config.micro_batch or None)
+    return Sculpting(
+        partial(pruner.sculpt, execution=execution),
+        pruner.SculptSpec,
+        partial(pruner.estimate, execution=execution),
+        base,
+    )
 
 
 class Worker:
@@ -368,6 +375,8 @@ def failure_sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, MemoryError):
         return "the server ran out of memory while sculpting"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; a server without torch has none
+        return "the GPU ran out of memory while sculpting: try a smaller --sculpt-micro-batch"
     return f"the sculpt failed unexpectedly ({type(error).__name__}); the server's log says more"
 
 

@@ -59,6 +59,7 @@ def sculpt(
     cast: Sequence[Mask],
     progress: Callable[[Progress], None],
     cancelled: Callable[[], bool] = lambda: False,
+    execution: Any = None,
 ) -> Any:
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint = workdir / "step.json"

@@ -17,7 +17,7 @@ import torch
 from running_server import settings_for, wait_until
 
 from masquerade_engine.prompt import persona_system_prompt
-from masquerade_masks import StorageFull, fingerprint_directory
+from masquerade_masks import InsufficientMemory, StorageFull, fingerprint_directory
 from masquerade_masks.registry import Job, Persona, SQLiteRegistry
 from masquerade_masks.store import PersonaFiles
 from masquerade_server import worker as worker_module
@@ -343,7 +343,13 @@ def test_progress_survives_a_full_disk(workshop: Workshop, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("error", "says"),
-    [(MemoryError(), "out of memory"), (KeyError("x"), "KeyError"), (StorageFull("/x"), "disk is full")],
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA"), "--sculpt-micro-batch"),
+        (InsufficientMemory("cpu", 2 * 10**9, 10**9, "wait"), "needs about 2.0 GB"),
+        (KeyError("x"), "KeyError"),
+        (StorageFull("/x"), "disk is full"),
+    ],
 )
 def test_sentences_for_failures(error: Exception, says: str) -> None:
     assert says in failure_sentence(error)

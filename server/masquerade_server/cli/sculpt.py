@@ -53,7 +53,9 @@ def sculpt(
     cache_dir: options.CacheDir = None,
     model: options.Model = None,
     dtype: options.Dtype = None,
-    device: options.Device = None,
+    device: options.SculptDevice = None,
+    checkpointing: options.Checkpointing = None,
+    micro_batch: options.MicroBatch = None,
 ) -> None:
     """Learn a persona's mask on this machine.
 
@@ -62,10 +64,17 @@ def sculpt(
     masquerade sculpt witch.txt --name "Old Nettie" --sparsity 0.5 -o masks
     masquerade sculpt witch.txt --publish                    and serve it from the data directory
 
-    Interrupted, the same command goes on where it was.
+    Interrupted, the same command goes on where it was. What the device cannot hold is refused before it starts.
     """
     settings = options.settings_of(
-        config, data_dir=data_dir, cache_dir=cache_dir, model=model, dtype=dtype, device=device
+        config,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        model=model,
+        dtype=dtype,
+        sculpt_device=device,
+        sculpt_checkpointing=checkpointing,
+        sculpt_micro_batch=micro_batch,
     )
     persona_name, persona_text = name_of(text, name), read_text(text)
     persona_id = id_of(persona_name, id)
@@ -84,10 +93,10 @@ def sculpt(
     from masquerade_engine.base import load_base  # noqa: PLC0415
 
     quiet_transformers()
-    base = load_base(settings.model, cache_dir=settings.cache_dir, dtype=settings.dtype, device=settings.device)
+    base = load_base(settings.model, cache_dir=settings.cache_dir, dtype=settings.dtype, device=settings.sculpt_device)
     output.mkdir(parents=True, exist_ok=True)
     workdir = output / f".{persona_id}.sculpt"
-    result = _sculpt(spec, base, workdir, settings.cache_dir)
+    result = _sculpt(spec, base, workdir, settings)
     written = _write(result, spec, output)
     if publish:
         _publish(result, spec, base, settings)
@@ -101,18 +110,21 @@ def _served(recovery: str) -> Literal["none", "vectors"]:
     return cast('Literal["none", "vectors"]', recovery)
 
 
-def _sculpt(spec: SculptSpec, base: Base, workdir: Path, cache_dir: Path) -> SculptResult:
+def _sculpt(spec: SculptSpec, base: Base, workdir: Path, settings: Settings) -> SculptResult:
     import torch  # noqa: PLC0415
 
+    from masquerade_pruner import Execution  # noqa: PLC0415
     from masquerade_pruner import sculpt as run  # noqa: PLC0415
 
+    execution = Execution(cast(Any, settings.sculpt_checkpointing), settings.sculpt_micro_batch or None)
     torch.set_num_threads(available_cores())
     with SculptDisplay(spec.persona_id) as display:
         return run(
             spec,
             base,
             workdir,
-            cache_dir=cache_dir,
+            cache_dir=settings.cache_dir,
+            execution=execution,
             progress=lambda at: display.show(
                 at.stage, at.completed, at.total, eta_s=at.eta_s, loss=at.loss, message=at.message
             ),
