@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     with storage_full_as_error(path, len(data)):
         try:
-            write_flushed(temporary, data)
+            write_flushed(temporary, [data])
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -39,13 +39,14 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_atomic(path, dump_bytes(value))
 
 
-def write_flushed(path: Path, data: bytes) -> None:
-    """Create the new file `path` and return once its bytes are on the disk."""
+def write_flushed(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Create the new file `path` and return once the chunks, one after another, are on the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(descriptor, left) :]
+        for chunk in chunks:
+            left = memoryview(chunk)
+            while left:
+                left = left[os.write(descriptor, left) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -20,6 +20,7 @@ EVERY = [
     errors.NonFiniteMask("gain", 1),
     errors.DigestMismatch("aa", "bb"),
     errors.BaseMismatch("aa", "bb"),
+    errors.AttachedNotFound("lora", "12" * 32),
     errors.PersonaNotFound("inn"),
     errors.VersionNotFound("inn", 3),
     errors.PersonaExists("inn"),
@@ -30,6 +31,8 @@ EVERY = [
     errors.QueueFull(256, 1.5),
     errors.ContextTooLong(9000, 8192),
     errors.EngineStopped(),
+    errors.WeightsNotLoaded(30.0, 5.0),
+    errors.WeightsTooLarge(200, 100),
     errors.SculptCancelled(),
     errors.TeacherError("the teacher gave no answer"),
 ]
