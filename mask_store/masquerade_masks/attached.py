@@ -1,8 +1,8 @@
 """Attached weights: what a persona has beside its mask.
 
-`lora`: low-rank updates of the kept FFN, `W + (alpha / rank) B A` for gate, up and down, under PEFT's names and over the
-full intermediate size; what stands at dropped neurons is ignored. `full`: the sub-network's own FFN weights, over the
-kept neurons only, ascending.
+`lora`: low-rank updates of the kept FFN, `W + (alpha / rank) B A` for gate, up and down, under PEFT's names and over
+the full intermediate size; what stands at dropped neurons is ignored. `full`: the sub-network's own FFN weights, over
+the kept neurons only, ascending.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def full_name(layer: int, part: str) -> str:
 class Attached:
     """Low-rank updates or own weights of all layers; equal where the digests are.
 
-    Tensors are held by reference, as read-only views: of a file they may be mapped memory. The digest covers kind, rank,
-    alpha, and every tensor's name, dtype, shape and values, by name.
+    Tensors are held by reference, as read-only views: of a file they may be mapped memory. The digest covers kind,
+    rank, alpha, and every tensor's name, dtype, shape and values, by name.
 
     Raises `MaskFormatError` (kind, rank, alpha or names), `MaskShapeError` (dtype, number of dimensions) and
     `NonFiniteMask`; `check_fits` tells whether they belong to a mask.
@@ -71,7 +71,8 @@ class Attached:
     @property
     def scale(self) -> float:
         """What a low-rank product is multiplied by: alpha / rank."""
-        assert self.alpha is not None and self.rank is not None, "of lora only"
+        assert self.alpha is not None, "of lora only"
+        assert self.rank is not None
         return self.alpha / self.rank
 
     @property
@@ -87,7 +88,7 @@ class Attached:
         return tensor.astype(np.float32)
 
     def check_fits(self, shape: FFNShape, kept: int) -> None:
-        """Raise `MaskFormatError` or `MaskShapeError` unless every layer's tensors are here, of their shapes, and no other."""
+        """Raise `MaskFormatError` or `MaskShapeError` unless the tensors are those of the layers, each of its shape."""
         expected = dict(expected_shapes(self.kind, shape, kept, self.rank))
         check_names(self.kind, self.tensors.keys(), expected.keys())
         for name, wanted in expected.items():
@@ -114,7 +115,7 @@ class Attached:
 def expected_shapes(kind: Kind, shape: FFNShape, kept: int, rank: int | None) -> Iterator[tuple[str, tuple[int, int]]]:
     """Every tensor of a kind by name, with its shape."""
     neurons = kept if kind == "full" else shape.intermediate_size
-    sizes = {part: (neurons, shape.hidden_size) for part in PARTS} | {"down_proj": (shape.hidden_size, neurons)}
+    sizes = dict.fromkeys(PARTS, (neurons, shape.hidden_size)) | {"down_proj": (shape.hidden_size, neurons)}
     for layer in range(shape.num_layers):
         for part, (out_features, in_features) in sizes.items():
             if kind == "full":

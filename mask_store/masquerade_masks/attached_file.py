@@ -13,6 +13,7 @@ from pathlib import Path
 
 from masquerade_masks.attached import FORMAT, KINDS, Attached, Kind
 from masquerade_masks.container import ATTACHED, chunks, unpack
+from masquerade_masks.durable import write_atomic
 from masquerade_masks.errors import DigestMismatch, MaskFormatError
 
 MAX_BYTES = 16 << 30  # the own weights of an 8B base at 25 % are 8.5 GB in bf16
@@ -60,6 +61,11 @@ def read(path: Path) -> Attached:
         if num_bytes == 0:
             raise MaskFormatError(f"not a {ATTACHED.name}: it is empty")
         return decode(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
+
+
+def write(path: Path, attached: Attached) -> None:
+    """`encode` into a file that is whole or absent, flushed to the disk on return. Raises `StorageFull`."""
+    write_atomic(path, encode(attached), attached.num_bytes)
 
 
 def _check_size(num_bytes: int) -> None:

@@ -56,13 +56,14 @@ def chunks(
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
-        stored = tensor.dtype.newbyteorder("<")
-        header[name] = {"dtype": content.name_of(stored), "shape": list(tensor.shape), "data_offsets": [start, end]}
+        dtype = content.name_of(tensor.dtype.newbyteorder("<"))
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
-        yield memoryview(tensor.astype(tensor.dtype.newbyteorder("<"), order="C", copy=False).reshape(-1).view("u1"))
+        stored = tensor.astype(tensor.dtype.newbyteorder("<"), order="C", copy=False)
+        yield stored.reshape(-1).view(np.uint8).data
 
 
 def unpack(data: bytes | memoryview, content: Content = MASK) -> tuple[Tensors, dict[str, str]]:
@@ -94,7 +95,7 @@ def _split(data: memoryview, name: str) -> tuple[dict[str, Any], memoryview]:
     if len(data) < 8:
         raise MaskFormatError(f"not a {name}: {len(data)} bytes are too few for a safetensors header")
     size = int.from_bytes(data[:8], "little")
-    if size > _MAX_HEADER or data[8:9] != b"{":
+    if size > _MAX_HEADER or bytes(data[8:9]) != b"{":
         raise MaskFormatError(f"not a {name}: it does not begin as a safetensors file")
     if size > len(data) - 8:
         raise MaskFormatError(f"truncated: the header has {size} bytes and the file {len(data)}")

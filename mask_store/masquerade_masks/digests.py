@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 
@@ -26,4 +27,4 @@ def digest_of_parts(parts: Iterable[tuple[str, bytes | npt.NDArray[Any]]]) -> st
 def _raw(array: npt.NDArray[Any]) -> memoryview:
     """The array's bytes, not copied where they lie as they are hashed."""
     stored = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
-    return memoryview(stored.reshape(-1).view("u1"))
+    return stored.reshape(-1).view(np.uint8).data

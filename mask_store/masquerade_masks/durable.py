@@ -17,15 +17,18 @@ from masquerade_masks.strict_json import dump_bytes
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview], num_bytes: int | None = None) -> None:
     """Replace the file at `path` by `data`: readers and power cuts see the old bytes or the new ones, whole.
+
+    Of data in chunks, `num_bytes` says how many an error may name.
 
     Raises `StorageFull`; the old file stays and nothing is left beside it. Other `OSError`s pass through.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with storage_full_as_error(path, len(data)):
+    chunks, size = ([data], len(data)) if isinstance(data, bytes) else (data, num_bytes)
+    with storage_full_as_error(path, size):
         try:
-            write_flushed(temporary, [data])
+            write_flushed(temporary, chunks)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):

@@ -10,7 +10,7 @@ from typing import Any
 from masquerade_masks.attached import PARTS, Attached
 from masquerade_masks.attached_file import MAX_BYTES
 from masquerade_masks.container import ATTACHED, chunks, unpack
-from masquerade_masks.durable import storage_full_as_error, write_flushed, write_json_atomic
+from masquerade_masks.durable import write_atomic, write_json_atomic
 from masquerade_masks.errors import MaskFormatError
 
 CONFIG_NAME = "adapter_config.json"
@@ -57,9 +57,7 @@ def write_peft(attached: Attached, directory: Path, *, base_model: str) -> None:
         raise MaskFormatError(f"a PEFT adapter holds low-rank updates, and these weights are {attached.kind}")
     directory.mkdir(parents=True, exist_ok=True)
     weights = directory / WEIGHTS_NAME
-    with storage_full_as_error(weights, attached.num_bytes):
-        weights.unlink(missing_ok=True)
-        write_flushed(weights, chunks(attached.tensors, {"format": "pt"}, ATTACHED))
+    write_atomic(weights, chunks(attached.tensors, {"format": "pt"}, ATTACHED), attached.num_bytes)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -86,6 +84,6 @@ def _numbers(data: bytes) -> tuple[int, float]:
         if name in config and config[name] not in plain:
             raise MaskFormatError(f"{CONFIG_NAME} has {name} {config[name]!r}; only plain LoRA can be attached")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or type(alpha) not in (int, float):
+    if type(rank) is not int or isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise MaskFormatError(f"{CONFIG_NAME} has r {rank!r} and lora_alpha {alpha!r}, which are not two numbers")
     return rank, float(alpha)

@@ -52,10 +52,10 @@ def check_persona_id(persona_id: str) -> str:
 class PersonaFiles:
     """`personas/<persona_id>/v<version>/{mask.safetensors, report.json, examples.jsonl}` under `data_dir`.
 
-    Attached weights lie beside the mask as `attached-<digest>.safetensors`: a version has its own copy, so that it comes
-    and goes with them. Ids are checked before any path is made, so nothing a client sends reaches the file system. A version's
-    directory appears whole, by one rename, and is flushed to the disk before `publish_version` returns: add
-    the registry's row after it.
+    Attached weights lie beside the mask as `attached-<digest>.safetensors`: a version has its own copy, so that it
+    comes and goes with them. Ids are checked before any path is made, so nothing a client sends reaches the file
+    system. A version's directory appears whole, by one rename, and is flushed to the disk before `publish_version`
+    returns: add the registry's row after it.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -90,7 +90,10 @@ class PersonaFiles:
         return self._existing(persona_id, version, attached_file.file_name(digest))
 
     def find_attached(self, kind: str, digest: str) -> Attached:
-        """The attached weights of any version here. Raises `AttachedNotFound`, and what `attached_file.decode` raises."""
+        """The attached weights of any version here.
+
+        Raises `AttachedNotFound`, and what `attached_file.decode` raises.
+        """
         if kind in KINDS and _SHA256.fullmatch(digest):
             for path in self._root.glob(f"*/v*/{attached_file.file_name(digest)}"):
                 return attached_file.read(path)

@@ -20,7 +20,7 @@ from masquerade_engine.engine import Engine
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
 from masquerade_engine.requests import PersonaFunction
 from masquerade_engine.settings import EngineSettings
-from masquerade_masks import Mask, SubNetwork, round_kept
+from masquerade_masks import Attached, Mask, SubNetwork, round_kept
 from masquerade_pruner import evaluation, synthesis
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
@@ -53,6 +53,7 @@ class SculptResult:
     report: dict[str, Any]
     examples_path: Path  # JSONL: the training examples with their sensitivity
     seconds: dict[str, float]  # by stage
+    attached: Attached | None = None  # of the sub-network, where recovery made weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,15 +6,33 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from masquerade_masks import PersonaExists
+from masquerade_masks import Attached, PersonaExists, SubNetwork
 from masquerade_masks.mask_file import MaskFile
 from masquerade_masks.registry import Persona, Version, utc_now
 
 if TYPE_CHECKING:
     from masquerade_masks.registry import Registry, Source
     from masquerade_masks.store import PersonaFiles
+
+
+class Sculpted(Protocol):
+    """What a sculpt's result says of its function; `masquerade_pruner.SculptResult` is one."""
+
+    @property
+    def subnetwork(self) -> SubNetwork: ...
+
+    @property
+    def attached(self) -> Attached | None: ...
+
+
+def subnetwork_of(result: Sculpted) -> SubNetwork:
+    """The sub-network with the weights that the sculpt attached to it.
+
+    Raises `MaskError` for weights that do not fit it, or are others than it names.
+    """
+    return result.subnetwork if result.attached is None else replace(result.subnetwork, weights=result.attached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +59,15 @@ def publish(
     """Write the files, then add the version and serve it; with `job_id` that job has succeeded.
 
     Raises `StorageFull` with nothing changed, `PersonaNotFound` for one that was deleted meanwhile,
-    `JobConflict` where the job is not the worker's any more.
+    `AttachedNotFound` for a mask whose attached weights are not loaded, `JobConflict` where the job is not the worker's
+    any more.
     """
     persona_id = publication.persona_id
     number = registry.next_version(persona_id)
     header = replace(publication.mask_file.header, persona=persona_id, version=number, created=utc_now())
     content = MaskFile(publication.mask_file.subnetwork, header)
     files.publish_version(persona_id, number, content, report=publication.report, examples=publication.examples)
-    mask = content.subnetwork.mask
+    mask, weights = content.subnetwork.mask, content.subnetwork.weights
     version = Version(
         persona_id=persona_id,
         number=number,
@@ -63,6 +82,8 @@ def publish(
         bytes=files.mask_path(persona_id, number).stat().st_size,
         source=publication.source,
         created=header.created,
+        attached="" if weights is None else weights.digest,
+        attached_bytes=0 if weights is None else files.attached_path(persona_id, number, weights.digest).stat().st_size,
     )
     return registry.add_version(version, serve=True, job_id=job_id, worker=worker)
 

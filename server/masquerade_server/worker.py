@@ -35,7 +35,7 @@ from masquerade_masks.store import PersonaFiles, write_json_atomic
 from masquerade_server.activity import activity_file, chats_active
 from masquerade_server.jobs import WorkerConfig
 from masquerade_server.logs import logging_setup, quiet_transformers
-from masquerade_server.publishing import Publication, publish
+from masquerade_server.publishing import Publication, publish, subnetwork_of
 from masquerade_server.worker_lock import WorkerLock, dead_workers
 
 if TYPE_CHECKING:
@@ -108,13 +108,14 @@ class Worker:
                 self.work_on(job)
 
     def tidy(self) -> None:
-        """Free the jobs of workers that are dead, and remove the work of jobs that have ended."""
+        """Free the jobs of workers that are dead, and remove what they and jobs that have ended left."""
         for name in dead_workers(self._data_dir):
             if self._registry.release_leases(name):
                 log.info("worker %s is dead; its job goes on here", name)
         for workdir in self._jobs_dir.iterdir() if self._jobs_dir.is_dir() else ():
             if self._has_ended(workdir.name):
                 shutil.rmtree(workdir, ignore_errors=True)
+        self._files.tidy()
 
     def work_on(self, job: Job) -> None:
         """Run one claimed job to its end, or to the end of this process."""
@@ -181,7 +182,7 @@ class Worker:
             persona_id=job.persona_id,
             text=job.spec["text"],
             system_prompt=result.system_prompt,
-            mask_file=MaskFile(result.subnetwork, header),
+            mask_file=MaskFile(subnetwork_of(result), header),
             source="sculpt",
             report=result.report,
             examples=result.examples_path,

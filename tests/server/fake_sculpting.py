@@ -94,6 +94,7 @@ def result(spec: Spec, base: Any, workdir: Path) -> Any:
         report={"kept": 48},
         examples_path=examples,
         seconds={"learn": 1.0},
+        attached=None,
     )
 
 

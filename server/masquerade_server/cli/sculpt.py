@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from masquerade_engine.threads import available_cores
-from masquerade_masks import MaskFile, MaskHeader
+from masquerade_masks import MaskFile, MaskHeader, attached_file
 from masquerade_masks.mask_file import write
 from masquerade_masks.registry import SQLiteRegistry, utc_now
 from masquerade_masks.store import PersonaFiles, write_json_atomic
@@ -17,6 +17,7 @@ from masquerade_server.cli import options
 from masquerade_server.cli.persona_text import id_of, name_of, read_text
 from masquerade_server.cli.progress import SculptDisplay
 from masquerade_server.logs import quiet_transformers
+from masquerade_server.publishing import subnetwork_of
 
 if TYPE_CHECKING:
     from masquerade_engine.base import Base
@@ -119,17 +120,22 @@ def _mask_file(result: SculptResult, spec: SculptSpec) -> MaskFile:
         settings=result.settings,
         created=utc_now(),
     )
-    return MaskFile(result.subnetwork, header)
+    return MaskFile(subnetwork_of(result), header)
 
 
 def _write(result: SculptResult, spec: SculptSpec, output: Path) -> list[Path]:
     mask, report, examples = (
         output / f"{spec.persona_id}.{suffix}" for suffix in ("safetensors", "report.json", "examples.jsonl")
     )
+    written = [mask, report, examples]
+    if result.attached is not None:
+        attached = output / f"{spec.persona_id}.{attached_file.file_name(result.attached.digest)}"
+        attached_file.write(attached, result.attached)
+        written.append(attached)
     write(mask, _mask_file(result, spec))
     write_json_atomic(report, result.report)
     shutil.copyfile(result.examples_path, examples)
-    return [mask, report, examples]
+    return written
 
 
 def _publish(result: SculptResult, spec: SculptSpec, base: Base, settings: Settings) -> None:
