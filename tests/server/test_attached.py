@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from running_server import RunningServer, Starter, mask_file
+from running_server import RunningServer, Starter, mask_file, wait_until
 
 from masquerade_engine import AsyncEngine, EngineSettings, pack_cache
 from masquerade_engine.base import Base
@@ -177,7 +177,8 @@ def test_own_weights_that_do_not_come_are_a_503_that_says_when_to_come_back(
     error = response.json()["error"]
     assert error["code"] == "weights_not_loaded"
     assert "within 0.2 s" in error["message"]
-    gate.set()
+    gate.set()  # it is made all the same
+    wait_until(lambda: village.client.get("/personas/mira").json()["residency"] == "compact", "the weights")
     assert village.chat("mira", max_tokens=2).status_code == 200
 
 
