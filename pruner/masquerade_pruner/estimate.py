@@ -11,6 +11,7 @@ from masquerade_pruner.presets import SculptSpec, shortened
 # Measured with the bundled model (134 M parameters, bf16) on two cores of an AVX512-BF16 server CPU.
 _BUNDLED_PARAMETERS = 134.5e6
 _SECONDS_PER_ANSWER_TOKEN = 1 / 500
+_SECONDS_PER_REMOTE_ANSWER = 0.25  # an assumption, not measured: two seconds each, eight at once
 _SECONDS_PER_BRANCH = 3.6 / 16
 _SECONDS_PER_QUESTION = 0.025
 _BYTES_PER_ROW_AND_NEURON = 14  # what a layer's FFN keeps for the backward pass, a token and neuron
@@ -28,9 +29,12 @@ def estimate(spec: SculptSpec, base: Base) -> dict[str, Any]:
     )
     questions = len(instructions.train) + settings.num_validation + settings.num_test
     passes = held_out * 4 + settings.num_validation * settings.steps // settings.validate_every
+    per_answer = settings.answer_tokens * _SECONDS_PER_ANSWER_TOKEN * scale
+    if spec.teacher == "remote":
+        per_answer = _SECONDS_PER_REMOTE_ANSWER
     seconds = {
         "select": questions * _SECONDS_PER_QUESTION * scale,
-        "answer": (samples + held_out) * settings.answer_tokens * _SECONDS_PER_ANSWER_TOKEN * scale,
+        "answer": (samples + held_out) * per_answer,
         "learn": (settings.branches + settings.num_importance * 3) * _SECONDS_PER_BRANCH * scale,
         "evaluate": (passes * _SECONDS_PER_BRANCH / 3 + settings.num_free_running * settings.answer_tokens / 500)
         * scale,

@@ -15,7 +15,7 @@ Preset = Literal["smoke", "default", "thorough"]
 MAX_SPARSITY = 0.9
 MAX_TEXT_BYTES = 16_384
 RECOVERIES = ("none",)
-TEACHERS = ("base",)
+TEACHERS = ("base", "remote")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class SculptSpec:
     preset: str = "default"
     seed: int = 0
     recovery: str = "none"
-    teacher: str = "base"
+    teacher: str = "base"  # or "remote": whichever the operator has set up
     instructions: Path | None = None
 
     def __post_init__(self) -> None:
@@ -92,8 +92,12 @@ class SculptSpec:
 
     @property
     def settings(self) -> SculptSettings:
-        """The preset's numbers."""
-        return PRESETS[self.preset]
+        """The preset's numbers, with the loss that the teacher allows.
+
+        KL needs the teacher's whole distribution, which the base has at hand; of a remote one there is only the text.
+        """
+        settings = PRESETS[self.preset]
+        return replace(settings, loss="cross_entropy") if self.teacher == "remote" else settings
 
     def metadata(self, instructions_digest: str, settings: SculptSettings) -> dict[str, Any]:
         """The settings that a mask file records."""

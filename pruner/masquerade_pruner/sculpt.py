@@ -6,12 +6,12 @@ Recovery will stand between learn and evaluate; `recovery="none"` is all that th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 
@@ -20,7 +20,7 @@ from masquerade_engine.engine import Engine
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
 from masquerade_engine.requests import PersonaFunction
 from masquerade_engine.settings import EngineSettings
-from masquerade_masks import Mask, SubNetwork, round_kept
+from masquerade_masks import Mask, SettingError, SubNetwork, TeacherError, round_kept
 from masquerade_pruner import evaluation, synthesis
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
@@ -29,8 +29,9 @@ from masquerade_pruner.instructions import Instruction, InstructionSet, load_ins
 from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
 from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
 from masquerade_pruner.progress import Progress, Reporter
+from masquerade_pruner.rewriting import ChatModel, RewritingTeacher
 from masquerade_pruner.sensitivity import persona_units, reference_pass, select
-from masquerade_pruner.teacher import SelfTeacher
+from masquerade_pruner.teacher import SelfTeacher, Teacher
 from masquerade_pruner.tree import masked
 from masquerade_pruner.workdir import Workdir
 
@@ -74,7 +75,7 @@ class _Answered:
 class _Learned:
     mask: torch.Tensor  # [layers, intermediate]
     baselines: dict[str, torch.Tensor]  # of the same size, from the same examples
-    validation_kl: dict[str, float]  # of each baseline
+    on_validation: dict[str, float]  # KL, or NLL of a remote teacher's answers, of each baseline
     history: dict[str, Any]
 
 
@@ -85,6 +86,7 @@ def sculpt(
     *,
     cache_dir: Path,
     answers_dir: Path | None = None,
+    teacher: ChatModel | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SculptResult:
@@ -92,9 +94,12 @@ def sculpt(
 
     `workdir` holds the stages' checkpoints: the same spec in the same directory goes on where it was. `cache_dir` holds
     what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`.
-    Raises `SculptCancelled`, and `SettingError` for an unusable instruction set.
+    `teacher` is the operator's remote model, which a spec with `teacher="remote"` is answered by.
+    Raises `SculptCancelled`, `TeacherError` where the teacher fails or more than half of its answers are unusable, and
+    `SettingError` for an unusable instruction set or a remote teacher that there is not.
     """
-    run = _Sculptor(spec, base, (answers_dir or workdir / "answers", workdir / "mask"), cache_dir, progress, cancelled)
+    directories = (answers_dir or workdir / "answers", workdir / "mask")
+    run = _Sculptor(spec, base, directories, cache_dir, teacher, progress, cancelled)
     with run.workshop():
         selected = run.select()
         answered = run.answer(selected)
@@ -112,11 +117,15 @@ class _Sculptor:
         base: Base,
         directories: tuple[Path, Path],  # answers, mask
         cache_dir: Path,
+        teacher: ChatModel | None,
         progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
     ) -> None:
         self.spec = spec
         self.base = base
+        self.remote = _remote(spec, teacher)
+        # What validation chooses by. A remote teacher gives no distribution to measure a divergence from.
+        self.measure: Literal["kl", "nll"] = "kl" if self.remote is None else "nll"
         self.cache_dir = cache_dir
         self.instructions: InstructionSet = load_instructions(spec.instructions)
         self.settings: SculptSettings = shortened(spec.settings, len(self.instructions.train))
@@ -124,11 +133,15 @@ class _Sculptor:
         self.system_prompt = persona_system_prompt(spec.name, spec.text)
         self.metadata = spec.metadata(self.instructions.digest, self.settings)
         identity = {"base": base.fingerprint, "dtype": str(base.dtype), "system_prompt": self.system_prompt}
+        if self.remote is not None:
+            self.metadata["teacher_model"] = self.remote.name
+            identity["teacher_sha256"] = self.remote.digest
         # Answers do not depend on the sparsity: another mask of the same persona learns from the same ones.
         without_sparsity = {key: value for key, value in self.metadata.items() if key != "sparsity"}
         self.answers = Workdir(directories[0], {**identity, **without_sparsity})
         self.learning = Workdir(directories[1], {**identity, **self.metadata})
         self.reporter = Reporter(progress, cancelled, self._add_seconds)
+        self.tally = synthesis.Tally(self.answers.read_json("dropped"))
         self._engine: Engine | None = None
 
     def _add_seconds(self, stage: str, seconds: float) -> None:
@@ -164,6 +177,13 @@ class _Sculptor:
             self._engine = Engine(self.base, EngineSettings(max_num_seqs=ANSWER_STREAMS, max_queue=1_000_000))
         digest = f"base:{self.base.fingerprint}" if subnetwork is None else subnetwork.digest
         return SelfTeacher(self._engine, PersonaFunction(digest, "sculpt", subnetwork))
+
+    def answering_teacher(self) -> Teacher:
+        """Who writes the answers that are learned from."""
+        if self.remote is None:
+            return self.teacher()
+        spec = self.spec
+        return RewritingTeacher(self.remote, self.base, name=spec.name, text=spec.text, between=self.reporter.check)
 
     # 1. select
 
@@ -227,8 +247,10 @@ class _Sculptor:
                 held_out[name] = self._answered(name, planned, (), done, total)
                 done += len(planned)
         examples = [*plain, *turned]
+        answered = _Answered(examples, **held_out)
+        self._check_answers(answered)
         self.answers.write_examples("examples", examples)
-        return _Answered(examples, **held_out)
+        return answered
 
     def _samples(self, selected: _Selected) -> int:
         """Answers a question: no more than the steps can look at once."""
@@ -245,26 +267,62 @@ class _Sculptor:
     ) -> list[Example]:
         """Answers saved before, and the rest now; saved every so often, in the order of the plan at the end."""
         examples = {one.id: one for one in self.answers.read_examples(name)}
-        missing = [one for one in planned if one.id not in examples]
+        for one in examples.values():
+            self.tally.keep(one)
+        missing = [one for one in planned if one.id not in examples and one.id not in self.tally.dropped]
+        asked = len(planned) - len(missing)
+
+        def judged() -> None:
+            nonlocal asked
+            asked += 1
+            if asked % SAVE_ANSWERS_EVERY == 0:
+                self._save_answers(name, examples)
+            self.reporter.at(
+                done + asked, total, message="answering in the persona's voice", dropped=len(self.tally.dropped)
+            )
 
         def keep(example: Example) -> None:
             examples[example.id] = example
-            if len(examples) % SAVE_ANSWERS_EVERY == 0:
-                self.answers.write_examples(name, list(examples.values()))
-            self.reporter.at(done + len(examples), total, message="answering in the persona's voice")
+            self.tally.keep(example)
+            judged()
+
+        def drop(planned_id: str, reason: str) -> None:
+            self.tally.drop(planned_id, reason)
+            if self.tally.hopeless:
+                self._give_up(self.tally.complaint())
+            judged()
 
         if missing:
             synthesis.answer(
                 missing,
                 base=self.base,
                 system_prompt=self.system_prompt,
-                teacher=self.teacher(),
+                teacher=self.answering_teacher(),
                 max_tokens=self.settings.answer_tokens,
                 earlier=earlier,
                 on_example=keep,
+                on_dropped=drop,
             )
-            self.answers.write_examples(name, list(examples.values()))
+            self._save_answers(name, examples)
         return [examples[one.id] for one in planned if one.id in examples]
+
+    def _save_answers(self, name: str, examples: Mapping[str, Example]) -> None:
+        self.answers.write_examples(name, list(examples.values()))
+        if self.tally.dropped:
+            self.answers.write_json("dropped", self.tally.dropped)
+
+    def _check_answers(self, answered: _Answered) -> None:
+        """Raise `TeacherError` where nothing can be learned from what was answered."""
+        if self.tally.mostly_dropped:
+            self._give_up(self.tally.complaint())
+        for split in ("train", "validation", "test"):
+            if not getattr(answered, split):
+                self._give_up(f"none of the teacher's answers to the {split} questions can be used")
+
+    def _give_up(self, complaint: str) -> NoReturn:
+        """Fail for the teacher's answers; a later attempt asks anew for those that were dropped."""
+        self.answers.write_json("dropped", {})
+        raise TeacherError(complaint)
 
     # 3. learn
 
@@ -282,7 +340,7 @@ class _Sculptor:
                 self.learning.write_tensors("learned", saved)
                 self.learning.write_json("history", history)
         baselines = {name: top_k_mask(saved[name], self.kept) for name in ("wanda", "fisher")}
-        return _Learned(saved["best"], baselines, history["baseline_kl"], history)
+        return _Learned(saved["best"], baselines, history[f"baseline_{self.measure}"], history)
 
     def _importances(self, answered: _Answered) -> dict[str, torch.Tensor]:
         saved = self.learning.read_tensors("importance")
@@ -308,22 +366,22 @@ class _Sculptor:
             learning_rate=settings.learning_rate,
             loss=settings.loss,
         )
+        validation = f"validation_{self.measure}"
         history = self.learning.read_json("learning")
         state = self.learning.read_tensors("learning")
         if history is not None and state is not None and int(state["step"]) == history["step"]:
             best = state.pop("best")
             learner.restore(state)
         else:
-            baseline_kl = {
-                name: _mean(held_out.divergence(masked(self.model, top_k_mask(importance, self.kept))).kl)
+            baselines = {
+                name: self._on_validation(held_out, top_k_mask(importance, self.kept))
                 for name, importance in importances.items()
             }
             best = learner.mask()
-            start = _mean(held_out.divergence(masked(self.model, best)).kl)
             history = {
                 "step": 0,
-                "baseline_kl": baseline_kl,
-                "validation_kl": [[0, start]],
+                f"baseline_{self.measure}": baselines,
+                validation: [[0, self._on_validation(held_out, best)]],
                 "loss": [],
                 "best_step": 0,
             }
@@ -334,10 +392,10 @@ class _Sculptor:
             history["loss"].append(round(loss, 5))
             if number % settings.validate_every == 0 or number == settings.steps:
                 mask = learner.mask()
-                kl = _mean(held_out.divergence(masked(self.model, mask)).kl)
-                if kl < min(value for _, value in history["validation_kl"]):
+                figure = self._on_validation(held_out, mask)
+                if figure < min(value for _, value in history[validation]):
                     best, history["best_step"] = mask, number
-                history["validation_kl"].append([number, kl])
+                history[validation].append([number, figure])
             if number % SAVE_STEPS_EVERY == 0:
                 history["step"] = number
                 self.learning.write_tensors("learning", {**learner.state(), "best": best})
@@ -345,6 +403,11 @@ class _Sculptor:
             self.reporter.at(number, settings.steps, loss=loss, message="learning the mask")
         history["step"] = learner.step_number
         return best, history
+
+    def _on_validation(self, held_out: HeldOut, mask: torch.Tensor) -> float:
+        """What masks are chosen by, mean over validation: KL to the base, or NLL of a remote teacher's answers."""
+        forward = masked(self.model, mask)
+        return _mean(held_out.divergence(forward).kl if self.measure == "kl" else held_out.nll(forward))
 
     # 4. evaluate
 
@@ -359,17 +422,18 @@ class _Sculptor:
 
     def _report(self, answered: _Answered, learned: _Learned) -> dict[str, Any]:
         check = self.reporter.check
-        strongest = evaluation.strongest_baseline(learned.validation_kl)
+        strongest = evaluation.strongest_baseline(learned.on_validation)
+        compared = evaluation.fidelity if self.measure == "kl" else evaluation.likelihood
         ours = masked(self.model, learned.mask)
         rivals = {name: masked(self.model, rival) for name, rival in learned.baselines.items()}
         contexts: dict[str, Any] = {}
         one_turn = HeldOut(self.model, answered.test, between=check)
         self.reporter.at(1, 5, message="fidelity on test questions")
-        contexts["one_turn"] = evaluation.fidelity(one_turn, answered.test, ours, rivals, strongest)
+        contexts["one_turn"] = compared(one_turn, answered.test, ours, rivals, strongest)
         self.reporter.at(2, 5, message="fidelity under scene lines")
         if answered.test_scenes:
             scenes = HeldOut(self.model, answered.test_scenes, between=check)
-            contexts["with_scene"] = evaluation.fidelity(scenes, answered.test_scenes, ours, rivals, strongest)
+            contexts["with_scene"] = compared(scenes, answered.test_scenes, ours, rivals, strongest)
         self.reporter.at(3, 5, message="free-running answers")
         free = self._free_running(answered, learned, one_turn.dense_nll())
         self.reporter.at(5, 5, message="done")
@@ -379,6 +443,9 @@ class _Sculptor:
             "sparsity": self.spec.sparsity,
             "kept": self.kept,
             "intermediate_size": self.base.shape.intermediate_size,
+            **{name: self.metadata[name] for name in ("teacher", "teacher_model") if name in self.metadata},
+            "synthesis": self.tally.as_dict(),
+            "measure": self.measure,
             "baselines": list(learned.baselines),
             "strongest_baseline": strongest,
             **contexts,
@@ -407,10 +474,11 @@ class _Sculptor:
         ]
         sculpted = [other for _, other, _ in pairs]
         return evaluation.FreeRunning(
-            dense=[one for one, _, _ in pairs],
+            reference=[one for one, _, _ in pairs],
             sculpted=sculpted,
-            dense_nll=torch.stack([nll for _, _, nll in pairs]),
+            reference_nll=torch.stack([nll for _, _, nll in pairs]),
             sculpted_nll=HeldOut(self.model, sculpted, between=self.reporter.check).dense_nll(),
+            writer="dense" if self.remote is None else "teacher",
         )
 
     def subnetwork(self, learned: _Learned) -> SubNetwork:
@@ -459,6 +527,17 @@ def _spread(items: Sequence[T], count: int) -> list[T]:
     if count >= len(items):
         return list(items)
     return [items[index * len(items) // count] for index in range(count)]
+
+
+def _remote(spec: SculptSpec, teacher: ChatModel | None) -> ChatModel | None:
+    """The remote teacher where the spec asks for it."""
+    if spec.teacher != "remote":
+        return None
+    if teacher is None:
+        raise SettingError(
+            "teacher", "'remote' is not configured here: set teacher_url and teacher_model, or use 'base'"
+        )
+    return teacher
 
 
 def _instruction(example: Example) -> Instruction:

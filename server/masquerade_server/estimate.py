@@ -28,11 +28,11 @@ class Estimator:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._known: dict[tuple[float, str, str], Json] = {}
+        self._known: dict[tuple[float, str, str, str], Json] = {}
 
     async def estimate(self, body: PersonaBody) -> Json:
         """`seconds`, `memory_bytes` and what else the pruner says; nulls where it cannot say."""
-        key = (body.sparsity, body.preset, body.recovery)
+        key = (body.sparsity, body.preset, body.recovery, body.teacher)
         if key not in self._known:
             spec = body.model_dump(include={"name", "text", "sparsity", "recovery", "teacher", "preset", "seed"})
             found = await self._ask(spec)

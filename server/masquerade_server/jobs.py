@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from masquerade_server.settings import TeacherSettings
+
 if TYPE_CHECKING:
     from masquerade_masks.registry import Registry
     from masquerade_server.settings import Settings
@@ -37,6 +39,7 @@ class WorkerConfig:
     dtype: str
     device: str
     log_level: str
+    teacher: TeacherSettings | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -49,6 +52,7 @@ class WorkerConfig:
             dtype=settings.dtype,
             device=settings.device,
             log_level=settings.log_level,
+            teacher=settings.teacher,
         )
 
     def to_line(self) -> bytes:
@@ -59,6 +63,8 @@ class WorkerConfig:
     def from_line(cls, line: str) -> Self:
         """Raises `ValueError` for what is no such line."""
         payload: dict[str, Any] = json.loads(line)
+        if payload["teacher"] is not None:
+            payload["teacher"] = TeacherSettings(**payload["teacher"])
         return cls(**payload)
 
 

@@ -47,12 +47,6 @@ def _prose(value: str) -> str:
     return stripped
 
 
-def _base_teacher(value: Any) -> Any:
-    if isinstance(value, str) and value != "base":
-        raise ValueError("must be 'base': remote teachers are not available in this version")
-    return value
-
-
 def _mask_only(value: Any) -> Any:
     if value in ("vectors", "lora", "full"):
         raise ValueError("must be 'none': recovery is not available in this version")
@@ -66,7 +60,7 @@ Sparsity = Annotated[float, Field(strict=True, gt=0, le=MAX_SPARSITY, allow_inf_
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Flag = Annotated[bool, Field(strict=True)]
 Recovery = Annotated[Literal["none"], BeforeValidator(_mask_only)]
-Teacher = Annotated[Literal["base"], BeforeValidator(_base_teacher)]
+Teacher = Literal["base", "remote"]  # remote: the one that the operator has configured
 
 
 class PersonaBody(BaseModel):

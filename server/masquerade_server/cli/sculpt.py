@@ -17,6 +17,7 @@ from masquerade_server.cli import options
 from masquerade_server.cli.persona_text import id_of, name_of, read_text
 from masquerade_server.cli.progress import SculptDisplay
 from masquerade_server.logs import quiet_transformers
+from masquerade_server.teachers import open_teacher
 
 if TYPE_CHECKING:
     from masquerade_engine.base import Base
@@ -28,6 +29,7 @@ Name = Annotated[str | None, typer.Option(help="The persona's name; by default m
 Id = Annotated[str | None, typer.Option(help="Its id; by default made from the name.")]
 Sparsity = Annotated[float, typer.Option(help="Share of FFN neurons to drop, above 0 to 0.9.")]
 Preset = Annotated[str, typer.Option(help="Effort: smoke (a try-out), default or thorough.")]
+Teacher = Annotated[str, typer.Option(help="Who writes the answers: base, or remote with --teacher-url and the like.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same mask on the same machine.", min=0)]
 Instructions = Annotated[Path | None, typer.Option(help="Questions of your own, in Alpaca format (.json or .jsonl).")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the mask, its report and its examples.")]
@@ -42,6 +44,7 @@ def sculpt(
     id: Id = None,
     sparsity: Sparsity = 0.25,
     preset: Preset = "default",
+    teacher: Teacher = "base",
     seed: Seed = 0,
     instructions: Instructions = None,
     output: Output = Path(),
@@ -52,6 +55,11 @@ def sculpt(
     model: options.Model = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    teacher_url: options.TeacherUrl = None,
+    teacher_model: options.TeacherModel = None,
+    teacher_api_key: options.TeacherKey = None,
+    teacher_concurrency: options.TeacherConcurrency = None,
+    teacher_timeout_s: options.TeacherTimeout = None,
 ) -> None:
     """Learn a persona's mask on this machine.
 
@@ -63,7 +71,17 @@ def sculpt(
     Interrupted, the same command goes on where it was.
     """
     settings = options.settings_of(
-        config, data_dir=data_dir, cache_dir=cache_dir, model=model, dtype=dtype, device=device
+        config,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        model=model,
+        dtype=dtype,
+        device=device,
+        teacher_url=teacher_url,
+        teacher_model=teacher_model,
+        teacher_api_key=teacher_api_key,
+        teacher_concurrency=teacher_concurrency,
+        teacher_timeout_s=teacher_timeout_s,
     )
     persona_name, persona_text = name_of(text, name), read_text(text)
     persona_id = id_of(persona_name, id)
@@ -76,6 +94,7 @@ def sculpt(
         sparsity=sparsity,
         preset=preset,
         seed=seed,
+        teacher=teacher,
         instructions=instructions,
     )
     from masquerade_engine.base import load_base  # noqa: PLC0415
@@ -84,7 +103,7 @@ def sculpt(
     base = load_base(settings.model, cache_dir=settings.cache_dir, dtype=settings.dtype, device=settings.device)
     output.mkdir(parents=True, exist_ok=True)
     workdir = output / f".{persona_id}.sculpt"
-    result = _sculpt(spec, base, workdir, settings.cache_dir)
+    result = _sculpt(spec, base, workdir, settings)
     written = _write(result, spec, output)
     if publish:
         _publish(result, spec, base, settings)
@@ -92,20 +111,30 @@ def sculpt(
     _summarise(result, written)
 
 
-def _sculpt(spec: SculptSpec, base: Base, workdir: Path, cache_dir: Path) -> SculptResult:
+def _sculpt(spec: SculptSpec, base: Base, workdir: Path, settings: Settings) -> SculptResult:
     import torch  # noqa: PLC0415
 
     from masquerade_pruner import sculpt as run  # noqa: PLC0415
 
     torch.set_num_threads(available_cores())
-    with SculptDisplay(spec.persona_id) as display:
+    with (
+        open_teacher(spec.teacher, settings.teacher, settings.data_dir) as teacher,
+        SculptDisplay(spec.persona_id) as display,
+    ):
         return run(
             spec,
             base,
             workdir,
-            cache_dir=cache_dir,
+            cache_dir=settings.cache_dir,
+            teacher=teacher,
             progress=lambda at: display.show(
-                at.stage, at.completed, at.total, eta_s=at.eta_s, loss=at.loss, message=at.message
+                at.stage,
+                at.completed,
+                at.total,
+                eta_s=at.eta_s,
+                loss=at.loss,
+                message=at.message,
+                dropped=at.dropped,
             ),
         )
 
@@ -164,7 +193,8 @@ def _headline(report: dict[str, Any]) -> str | None:
     figures = report.get("one_turn", {}).get("all")
     if figures is None:
         return None
-    kl, closed = figures["kl"]["mean"], figures["gap_closed"]["mean"]
-    rival = report["strongest_baseline"]
-    against = f"{figures['baseline_kl'][rival]['mean']:.3f} of the {rival} baseline ({closed:.0%} of the gap closed)"
-    return f"held-out KL to the dense persona: {kl:.3f} nats a token, against {against}"
+    measure, rival, closed = report["measure"], report["strongest_baseline"], figures["gap_closed"]["mean"]
+    what = "KL to the dense persona" if measure == "kl" else "NLL of the teacher's answers"
+    theirs = figures[f"baseline_{measure}"][rival]["mean"]
+    against = f"{theirs:.3f} of the {rival} baseline ({closed:.0%} of the gap closed)"
+    return f"held-out {what}: {figures[measure]['mean']:.3f} nats a token, against {against}"

@@ -20,6 +20,11 @@ def worker(
     dtype: options.Dtype = None,
     device: options.Device = None,
     log_level: options.LogLevel = None,
+    teacher_url: options.TeacherUrl = None,
+    teacher_model: options.TeacherModel = None,
+    teacher_api_key: options.TeacherKey = None,
+    teacher_concurrency: options.TeacherConcurrency = None,
+    teacher_timeout_s: options.TeacherTimeout = None,
 ) -> None:
     """Sculpt the queued jobs of a data directory, beside a server started with --workers 0.
 
@@ -38,6 +43,11 @@ def worker(
         dtype=dtype,
         device=device,
         log_level=log_level,
+        teacher_url=teacher_url,
+        teacher_model=teacher_model,
+        teacher_api_key=teacher_api_key,
+        teacher_concurrency=teacher_concurrency,
+        teacher_timeout_s=teacher_timeout_s,
     )
     from masquerade_server.jobs import WorkerConfig  # noqa: PLC0415
     from masquerade_server.worker import run_worker  # noqa: PLC0415
