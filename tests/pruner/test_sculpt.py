@@ -154,7 +154,8 @@ class Rewriter:
     ) -> Generator[Reply, None, None]:
         for chat in chats:
             between()
-            text = self._spoil(len(self.asked)) or f"No rope {chat.seed % 7}."
+            spoiled = self._spoil(len(self.asked))
+            text = f"No rope {chat.seed % 7}." if spoiled is None else spoiled
             self.asked.append(chat.id)
             yield Reply(chat.id, text, "length" if len(self.asked) % 5 == 0 else "stop")
 
