@@ -31,11 +31,6 @@ class ScriptedTeacher:
     most_at_once: int = 0
     closing: bool = False
 
-    @property
-    def prompts(self) -> list[str]:
-        """The user messages, in the order they came."""
-        return [str(body["messages"][-1]["content"]) for body in self.bodies]
-
     async def answer(self, request: Request) -> Response:
         body = await request.json()
         number = len(self.bodies)
