@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from masquerade_masks import SettingError
 
 Split = Literal["train", "validation", "test"]
+T = TypeVar("T")
 
 VALIDATION_TOPICS = frozenset({"clothing", "friendship", "weather"})
 TEST_TOPICS = frozenset({"courage", "dreams", "festivals", "money", "sea"})
@@ -122,6 +123,13 @@ def _split(instructions: Iterable[Instruction]) -> InstructionSet:
     for one in kept:
         by_split[one.split].append(one)
     return InstructionSet(*(tuple(by_split[split]) for split in ("train", "validation", "test")))
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of them, evenly over a list that is in topic order."""
+    if count >= len(items):
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def without_near_duplicates(instructions: Sequence[Instruction]) -> list[Instruction]:

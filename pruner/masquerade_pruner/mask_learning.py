@@ -32,8 +32,12 @@ class Planted:
     num_examples: int
 
 
-def plant_examples(examples: Sequence[Example], model: torch.nn.Module) -> Planted:
-    """Pack examples of one persona around their shared prompt."""
+def plant_examples(examples: Sequence[Example], model: torch.nn.Module, *, question_share: float = 0.0) -> Planted:
+    """Pack examples of one persona around their shared prompt.
+
+    Of an example's weight its answer's tokens have 1 - `question_share`; the tokens of its own that come before (scene,
+    earlier turns, question) share the rest, with the next token of the text as target.
+    """
     head = head_weight(model)
     device = head.device
     tree = plant([(*one.prompt, *one.answer) for one in examples], device, head.dtype)
@@ -41,10 +45,14 @@ def plant_examples(examples: Sequence[Example], model: torch.nn.Module) -> Plant
     for index, one in enumerate(examples):
         end = int(tree.last[index])  # the answer's last token predicts nothing that is supervised
         count = len(one.answer)
-        rows.append(torch.arange(end - count, end))
-        targets.append(torch.tensor(one.answer))
-        weights.append(torch.full((count,), 1.0 / (count * len(examples))))
-        owners.append(torch.full((count,), index))
+        # The branch's tokens before the answer, but for its first, which the shared prefix predicts.
+        before = max(0, len(one.prompt) - tree.num_prefix - 1) if question_share else 0
+        share = question_share if before else 0.0
+        rows.append(torch.arange(end - count - before, end))
+        targets.append(torch.tensor([*one.prompt[len(one.prompt) - before :], *one.answer]))
+        weights.append(torch.full((before,), share / (max(1, before) * len(examples))))
+        weights.append(torch.full((count,), (1.0 - share) / (count * len(examples))))
+        owners.append(torch.full((before + count,), index))
     return Planted(
         tree,
         rows=torch.cat(rows).to(device),
@@ -83,24 +91,28 @@ class MaskLearner:
         steps: int,
         learning_rate: float,
         loss: Loss = "kl",
+        question_share: float = 0.0,
+        pull: torch.Tensor | None = None,  # [layers, intermediate], added to the scores where neurons are chosen
     ) -> None:
         self.scores = initial_scores.detach().clone().float().requires_grad_()
         self.step_number = 0
         self._model = model
         self._kept = kept
         self._loss = loss
+        self._question_share = question_share
+        self._pull = 0.0 if pull is None else pull
         self._optimizer = torch.optim.Adam([self.scores], lr=learning_rate)
         self._learning_rate = learning_rate
         self._steps = steps
 
     def mask(self) -> torch.Tensor:
         """The current 0/1 mask, `[layers, intermediate]` fp32."""
-        return top_k_mask(self.scores.detach(), self._kept)
+        return top_k_mask(self.scores.detach() + self._pull, self._kept)
 
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""
-        planted = plant_examples(examples, self._model)
-        mask = _StraightThrough.apply(self.scores, self._kept)  # type: ignore[no-untyped-call]
+        planted = plant_examples(examples, self._model, question_share=self._question_share)
+        mask = _StraightThrough.apply(self.scores + self._pull, self._kept)  # type: ignore[no-untyped-call]
         states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
         head = head_weight(self._model)
         if self._loss == "kl":

@@ -11,6 +11,7 @@ from masquerade_masks import SettingError
 from masquerade_pruner.mask_learning import Loss
 
 Preset = Literal["smoke", "default", "thorough"]
+Start = Literal["prior", "importance"]
 
 MAX_SPARSITY = 0.9
 MAX_TEXT_BYTES = 16_384
@@ -31,6 +32,9 @@ class SculptSettings:
     steps: int = 48
     learning_rate: float = 0.012
     loss: Loss = "kl"
+    start: Start = "prior"  # what scores start from; `importance` too where the base has no prior
+    question_share: float = 0.0  # of an example's weight, for the tokens before its answer
+    cast_pull: float = 0.1  # added to a neuron's score, times the share of the cast's masks that keep it
     num_importance: int = 64  # examples that the initial scores are taken from
     num_validation: int = 48
     num_test: int = 150

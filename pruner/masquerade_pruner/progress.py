@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,7 +34,9 @@ class Reporter:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
         add_seconds: Callable[[str, float], None],
+        shares: Mapping[str, float] = STAGES,  # of the whole job's time, by stage in their order
     ) -> None:
+        self._shares = shares
         self._on_progress = on_progress
         self._cancelled = cancelled
         self._add_seconds = add_seconds
@@ -65,9 +67,9 @@ class Reporter:
             raise SculptCancelled()
 
     def _eta(self, done: float) -> float | None:
-        names = list(STAGES)
-        before = sum(STAGES[name] for name in names[: names.index(self._stage)])
-        share = before + STAGES[self._stage] * done
+        names = list(self._shares)
+        before = sum(self._shares[name] for name in names[: names.index(self._stage)])
+        share = before + self._shares[self._stage] * done
         if self._first_share is None:
             self._first_share = share
         elapsed, gained = time.monotonic() - self._started, share - self._first_share

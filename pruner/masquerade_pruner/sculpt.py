@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -25,9 +25,10 @@ from masquerade_pruner import evaluation, synthesis
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
-from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions
+from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
 from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
 from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
+from masquerade_pruner.prior import prior_of
 from masquerade_pruner.progress import Progress, Reporter
 from masquerade_pruner.rewriting import ChatModel, RewritingTeacher
 from masquerade_pruner.sensitivity import persona_units, reference_pass, select
@@ -40,7 +41,6 @@ SAVE_ANSWERS_EVERY = 64  # answers between two checkpoints of the answer stage
 SAVE_STEPS_EVERY = 10  # learning steps between two checkpoints
 
 Scored = tuple[Instruction, float]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +87,16 @@ def sculpt(
     cache_dir: Path,
     answers_dir: Path | None = None,
     teacher: ChatModel | None = None,
+    cast: Sequence[Mask] = (),
     progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SculptResult:
     """Learn the sub-network of `base` that the persona needs.
 
     `workdir` holds the stages' checkpoints: the same spec in the same directory goes on where it was. `cache_dir` holds
-    what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`.
-    `teacher` is the operator's remote model, which a spec with `teacher="remote"` is answered by.
+    what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`. A spec with
+    `teacher="remote"` is answered by `teacher`, the operator's. Towards the neurons that the masks of its `cast` keep,
+    this one is pulled.
     Raises `SculptCancelled`, `TeacherError` where the teacher fails or more than half of its answers are unusable, and
     `SettingError` for an unusable instruction set or a remote teacher that there is not.
     """
@@ -103,7 +105,7 @@ def sculpt(
     with run.workshop():
         selected = run.select()
         answered = run.answer(selected)
-        learned = run.learn(answered)
+        learned = run.learn(answered, cast)
         report = run.evaluate(answered, learned)
     return run.result(learned, report)
 
@@ -191,8 +193,8 @@ class _Sculptor:
         """The training questions that bring the persona out, and the held-out ones with their scores."""
         settings, sets = self.settings, self.instructions
         held_out = {
-            "validation": _spread(sets.validation, settings.num_validation),
-            "test": _spread(sets.test, settings.num_test),
+            "validation": spread(sets.validation, settings.num_validation),
+            "test": spread(sets.test, settings.num_test),
         }
         scores = self.answers.read_json("sensitivity")
         if scores is None:
@@ -232,7 +234,7 @@ class _Sculptor:
         plans = {
             "validation": synthesis.plan_held_out(selected.validation, seed),
             "test": synthesis.plan_held_out(selected.test, seed),
-            "test_scenes": synthesis.plan_scenes(_spread(selected.test, settings.num_test_scenes), seed),
+            "test_scenes": synthesis.plan_scenes(spread(selected.test, settings.num_test_scenes), seed),
         }
         first, second = synthesis.needs_turns(train[: settings.branches])
         total = len(first) + len(second) + sum(map(len, plans.values()))
@@ -326,8 +328,8 @@ class _Sculptor:
 
     # 3. learn
 
-    def learn(self, answered: _Answered) -> _Learned:
-        """Scores from importance, then straight-through steps; the mask that is best on validation is kept."""
+    def learn(self, answered: _Answered, cast: Sequence[Mask] = ()) -> _Learned:
+        """Straight-through steps from the prior's scores; the mask that is best on validation is kept."""
         saved = self.learning.read_tensors("learned")
         history = self.learning.read_json("history")
         if saved is None or history is None:
@@ -335,7 +337,8 @@ class _Sculptor:
             with self.reporter.stage("learn"):
                 importances = self._importances(answered)
                 held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
-                best, history = self._learn_scores(answered, importances, held_out)
+                start, pull = self._first_scores(importances), self._pull(cast)
+                best, history = self._learn_scores(answered, importances, held_out, (start, pull))
                 saved = {"best": best, **importances}
                 self.learning.write_tensors("learned", saved)
                 self.learning.write_json("history", history)
@@ -355,16 +358,22 @@ class _Sculptor:
         return saved
 
     def _learn_scores(
-        self, answered: _Answered, importances: dict[str, torch.Tensor], held_out: HeldOut
+        self,
+        answered: _Answered,
+        importances: dict[str, torch.Tensor],
+        held_out: HeldOut,
+        scores: tuple[torch.Tensor, torch.Tensor],  # the first ones, and what pulls on them
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         settings = self.settings
         learner = MaskLearner(
             self.model,
-            averaged_ranks(importances["wanda"], importances["fisher"]),
+            scores[0],
             self.kept,
             steps=settings.steps,
             learning_rate=settings.learning_rate,
             loss=settings.loss,
+            question_share=settings.question_share,
+            pull=scores[1],
         )
         validation = f"validation_{self.measure}"
         history = self.learning.read_json("learning")
@@ -408,6 +417,20 @@ class _Sculptor:
         """What masks are chosen by, mean over validation: KL to the base, or NLL of a remote teacher's answers."""
         forward = masked(self.model, mask)
         return _mean(held_out.divergence(forward).kl if self.measure == "kl" else held_out.nll(forward))
+
+    def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
+        prior = prior_of(self.base, self.cache_dir) if self.settings.start == "prior" else None
+        return averaged_ranks(importances["wanda"], importances["fisher"]) if prior is None else prior.at(self.kept)
+
+    def _pull(self, cast: Sequence[Mask]) -> torch.Tensor:
+        """Towards the cast as it was when learning began, `[layers, intermediate]`: a resumed job keeps its goal."""
+        saved = self.learning.read_tensors("cast")
+        if saved is None:
+            saved = {"usage": torch.zeros(self.base.shape.num_layers, self.base.shape.intermediate_size)}
+            for mask in cast:
+                saved["usage"] += torch.from_numpy(mask.to_dense()).float() / len(cast)
+            self.learning.write_tensors("cast", saved)
+        return self.settings.cast_pull * saved["usage"]
 
     # 4. evaluate
 
@@ -454,7 +477,7 @@ class _Sculptor:
         }
 
     def _free_running(self, answered: _Answered, learned: _Learned, dense_nll: torch.Tensor) -> evaluation.FreeRunning:
-        places = _spread(range(len(answered.test)), self.settings.num_free_running)
+        places = spread(range(len(answered.test)), self.settings.num_free_running)
         chosen = [answered.test[place] for place in places]
         planned = [
             synthesis.Planned(one.id, _instruction(one), one.sensitivity or 0.0, None, 0, seed=index)
@@ -520,13 +543,6 @@ class _Epochs:
         order = list(range(len(self._examples)))
         random.Random(f"epoch {epoch} {self._seed}").shuffle(order)
         return order
-
-
-def _spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of them, evenly over a list that is in topic order."""
-    if count >= len(items):
-        return list(items)
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _remote(spec: SculptSpec, teacher: ChatModel | None) -> ChatModel | None:

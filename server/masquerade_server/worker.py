@@ -41,6 +41,7 @@ from masquerade_server.worker_lock import WorkerLock, dead_workers
 
 if TYPE_CHECKING:
     from masquerade_engine.base import Base
+    from masquerade_masks import Mask
     from masquerade_masks.registry import Registry
 
 log = logging.getLogger("masquerade.worker")
@@ -52,6 +53,7 @@ _CLAIM_POLL_S = 0.5
 _PROGRESS_S = 0.5  # two events a second are enough for any display
 _THREADS_S = 0.25
 _NICENESS = 19  # a sixtieth of a busy core's time, all of an idle one's
+_CAST_MASKS = 64  # of a cast's masks, those that a new one is pulled towards
 _PATIENCE_S = 5.0
 _HARD_EXIT_S = 6.0  # below the supervisor's grace
 MAX_CRASHES = 3
@@ -169,6 +171,7 @@ class Worker:
                 workdir,
                 cache_dir=Path(self._config.cache_dir),
                 teacher=teacher,
+                cast=self._cast_masks(job, tools.base),
                 progress=watch.progress,
                 cancelled=watch.cancelled,
             )
@@ -191,6 +194,21 @@ class Worker:
         )
         version = publish(self._registry, self._files, publication, job_id=job.id, worker=self._config.name)
         log.info("persona %s, version %d is published: %s", job.persona_id, version.number, result.seconds)
+
+    def _cast_masks(self, job: Job, base: Base) -> list[Mask]:
+        """The masks that serve in the persona's cast, its own left out: what the new one is pulled towards."""
+        cast = self._registry.get_persona(job.persona_id).cast
+        masks: list[Mask] = []
+        for other in self._registry.list_personas(limit=_CAST_MASKS, cast=cast):
+            if other.id == job.persona_id or other.version is None:
+                continue
+            try:
+                read = self._files.read_mask(other.id, other.version, base=base.fingerprint, shape=base.shape)
+            except MasqueradeError as error:  # deleted meanwhile, damaged, or of an earlier base
+                log.warning("the mask of %s does not count in cast %s: %s", other.id, cast, error)
+                continue
+            masks.append(read.subnetwork.mask)
+        return masks
 
     def _tools(self) -> Sculpting:
         """Loaded with the first job: an idle worker holds neither torch nor the base."""

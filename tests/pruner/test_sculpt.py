@@ -7,13 +7,18 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from masquerade_engine.base import Base
-from masquerade_masks import SculptCancelled, SettingError, TeacherError
+from masquerade_masks import Mask, SculptCancelled, SettingError, TeacherError
 from masquerade_pruner import PRESETS, Chat, Progress, Reply, SculptResult, SculptSpec, sculpt
 from masquerade_pruner.estimate import estimate
 from masquerade_pruner.examples import read_examples
+from masquerade_pruner.mask_learning import top_k_mask
+from masquerade_pruner.prior import prior_path
 
 TEXT = "You are a tester of bridges who speaks in short, heavy sentences and distrusts rope."
 
@@ -41,7 +46,7 @@ def run_sculpt(
         spec = SculptSpec(
             "tester", "Tester", TEXT, sparsity=sparsity, preset="smoke", teacher=answers, instructions=instructions
         )
-        return sculpt(spec, tiny_base, workdir, cache_dir=cache_dir, **keywords)
+        return sculpt(spec, tiny_base, workdir, **{"cache_dir": cache_dir, **keywords})
 
     return run
 
@@ -110,6 +115,33 @@ def test_another_sparsity_learns_from_the_same_answers(run_sculpt: Callable[...,
     narrow = run_sculpt(tmp_path, sparsity=0.5, progress=lambda one: news.append(one.stage))
     assert narrow.subnetwork.mask.kept < wide.subnetwork.mask.kept
     assert "select" not in news
+
+
+def test_a_mask_is_pulled_towards_its_cast(
+    run_sculpt: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path
+) -> None:
+    alone = finished.subnetwork.mask
+    order = np.random.default_rng(0).random((alone.num_layers, alone.intermediate_size)).argsort(axis=1)
+    other = Mask.from_kept_indices(order[:, : alone.kept], alone.intermediate_size)
+    together = run_sculpt(tmp_path, cast=[other]).subnetwork.mask
+    assert _jaccard(together, other) > _jaccard(alone, other) + 0.02
+
+
+def test_learning_starts_from_the_prior(
+    run_sculpt: Callable[..., SculptResult], finished: SculptResult, tiny_base: Base, tmp_path: Path
+) -> None:
+    shape, kept = tiny_base.shape, finished.subnetwork.mask.kept
+    scores = torch.rand(shape.num_layers, shape.intermediate_size, generator=torch.Generator().manual_seed(1))
+    path = prior_path(tiny_base, tmp_path)
+    path.parent.mkdir()
+    save_file({str(kept): scores * 100}, path, {"format": "masquerade.prior/1", "base": tiny_base.fingerprint})
+    learned = run_sculpt(tmp_path / "work", cache_dir=tmp_path).subnetwork.mask  # a few steps move nothing by 100
+    assert np.array_equal(learned.to_dense(), top_k_mask(scores, kept).numpy().astype(bool))
+
+
+def _jaccard(one: Mask, other: Mask) -> float:
+    first, second = one.to_dense(), other.to_dense()
+    return float((first & second).sum() / (first | second).sum())
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.5, 0.95, float("nan"), float("inf")])

@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +58,7 @@ def sculpt(
     *,
     cache_dir: Path,
     teacher: Any = None,
+    cast: Sequence[Mask] = (),
     progress: Callable[[Progress], None],
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Any:
@@ -72,7 +73,7 @@ def sculpt(
         time.sleep(0.1 if "slow" in spec.text else 0.001)
         checkpoint.write_text(json.dumps({"step": step + 1}))
     progress(Progress("evaluate", 1, 1, 0.0, None, "done"))
-    return result(spec, base, workdir, teacher)
+    return result(spec, base, workdir, len(cast), teacher)
 
 
 def misbehave(text: str, step: int) -> None:
@@ -84,7 +85,7 @@ def misbehave(text: str, step: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
 
 
-def result(spec: Spec, base: Any, workdir: Path, teacher: Any) -> Any:
+def result(spec: Spec, base: Any, workdir: Path, cast_size: int, teacher: Any) -> Any:
     examples = workdir / "examples.jsonl"
     examples.write_text(json.dumps({"question": "Tea?", "answer_text": "Aye.", "prompt": [1, 2]}) + "\n")
     prompt = persona_system_prompt(spec.name, spec.text)
@@ -93,7 +94,7 @@ def result(spec: Spec, base: Any, workdir: Path, teacher: Any) -> Any:
         settings={"preset": spec.preset, "seed": spec.seed, "sparsity": spec.sparsity},
         system_prompt=prompt,
         prompt_sha256=prompt_sha256(prompt),
-        report={"kept": 48} | ({} if teacher is None else {"teacher_model": teacher.name}),
+        report={"kept": 48, "cast": cast_size} | ({} if teacher is None else {"teacher_model": teacher.name}),
         examples_path=examples,
         seconds={"learn": 1.0},
     )
