@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from running_server import RunningServer, Starter, settings_for, wait_until
-from scripted_teacher import Script, ScriptedTeacher, agreeable, fails, says, scripted_teachers
+from scripted_teacher import ScriptedTeacher, agreeable, fails, says, scripted_teachers
 from starlette.responses import Response
 
 from masquerade_masks.mask_file import decode
@@ -151,11 +151,16 @@ def test_a_killed_worker_pays_for_nothing_twice_and_tells_nobody_the_key(
     assert len(requests) == len(set(requests)) + 1
     assert persona["report"]["synthesis"]["dropped"] == {"empty": 1}
 
+    news = running.client.get("/personas/nettie/events").json()["data"]
+    answering = [one for one in news if one.get("stage") == "answer" and one["type"] == "progress"]
+    assert answering[-1]["dropped"] == 1
+
     everything = [file.read_bytes() for file in (tmp_path / "data").rglob("*") if file.is_file()]
-    events = running.client.get("/personas/nettie/events").text
     said = capfd.readouterr()
     assert set(teacher.keys) == {f"Bearer {KEY}"}
-    assert not any(KEY.encode() in one for one in (*everything, events.encode(), said.err.encode(), said.out.encode()))
+    assert not any(
+        KEY.encode() in one for one in (*everything, json.dumps(news).encode(), said.err.encode(), said.out.encode())
+    )
 
 
 def test_cancelling_does_not_wait_for_a_teacher_that_hangs(
@@ -199,11 +204,8 @@ def test_a_teacher_that_only_refuses_fails_the_job_in_words(
     async def refuses(number: int, body: dict[str, Any]) -> Response:
         return says("I'm sorry, but I can't help with that request.")
 
-    refusing: Script = refuses
-    running = smithy(teach(refusing).url)
+    running = smithy(teach(refuses).url)
     create(running)
     job = ended(running)["job"]
     assert job["status"] == "failed"
     assert re.search(r"more than half of the teacher's answers .* \(\d+ refusal\)", job["error"])
-    news = running.client.get("/personas/nettie/events").json()["data"]
-    assert any(one.get("dropped") for one in news)
