@@ -21,12 +21,17 @@ def activation_importance(model: torch.nn.Module, examples: Sequence[Example], *
     """
     down = down_weights(model)
     watch = ActivationWatch(len(down), down[0].shape[1])
-    with torch.no_grad():
-        for start in range(0, len(examples), batch):
-            tree = plant_examples(examples[start : start + batch], model).tree
-            run_tree(model, tree, TreeContext(tree, watch=watch))
+    observe(model, examples, watch, batch=batch)
     columns = torch.stack([weight.float().norm(dim=0).cpu() for weight in down])
     return (watch.squares / max(1, watch.num_tokens)).sqrt() * columns
+
+
+@torch.no_grad()
+def observe(model: torch.nn.Module, examples: Sequence[Example], watch: ActivationWatch, *, batch: int = 16) -> None:
+    """Let `watch` see the dense base's activations at all tokens; the shared prompt counts once a batch."""
+    for start in range(0, len(examples), batch):
+        tree = plant_examples(examples[start : start + batch], model).tree
+        run_tree(model, tree, TreeContext(tree, watch=watch))
 
 
 def fisher_importance(

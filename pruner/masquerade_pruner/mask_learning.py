@@ -79,6 +79,12 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+def straight_through(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """`top_k_mask`, whose gradient reaches the scores as if it were they."""
+    mask: torch.Tensor = _StraightThrough.apply(scores, kept)  # type: ignore[no-untyped-call]
+    return mask
+
+
 class MaskLearner:
     """Scores, their optimiser and one training step; state is saved and restored whole."""
 
@@ -109,16 +115,16 @@ class MaskLearner:
         """The current 0/1 mask, `[layers, intermediate]` fp32."""
         return top_k_mask(self.scores.detach() + self._pull, self._kept)
 
+    def training_mask(self) -> torch.Tensor:
+        """What a step masks with, `[layers, intermediate]`, differentiable in the scores."""
+        return straight_through(self.scores + self._pull, self._kept)
+
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""
         planted = plant_examples(examples, self._model, question_share=self._question_share)
-        mask = _StraightThrough.apply(self.scores + self._pull, self._kept)  # type: ignore[no-untyped-call]
+        mask = self.training_mask()
         states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
-        head = head_weight(self._model)
-        if self._loss == "kl":
-            loss = chunked_kl(states, dense_states(self._model, planted), head, planted.weights)
-        else:
-            loss = chunked_cross_entropy(states, head, planted.targets, planted.weights)
+        loss = answer_loss(self._model, planted, states, self._loss)
         self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         for group in self._optimizer.param_groups:
@@ -159,3 +165,11 @@ def warm_cosine(step: int, steps: int) -> float:
 def dense_states(model: torch.nn.Module, planted: Planted) -> torch.Tensor:
     """The dense base's final states at the supervised rows, `[supervised, hidden]`."""
     return run_tree(model, planted.tree, TreeContext(planted.tree))[planted.rows]
+
+
+def answer_loss(model: torch.nn.Module, planted: Planted, states: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """The loss in nats a token of a changed base's final states at the supervised rows, differentiable in them."""
+    head = head_weight(model)
+    if loss == "kl":
+        return chunked_kl(states, dense_states(model, planted), head, planted.weights)
+    return chunked_cross_entropy(states, head, planted.targets, planted.weights)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from masquerade_masks import SculptCancelled
 
-# Share of a default sculpt's time by stage, measured on two cores with the bundled model.
-STAGES = {"select": 0.03, "answer": 0.30, "learn": 0.52, "evaluate": 0.15}
+# Time of a default sculpt by stage, measured on two cores with the bundled model; 1 is a sculpt without recovery.
+STAGES = {"select": 0.03, "answer": 0.30, "learn": 0.52, "recover": 0.26, "evaluate": 0.15}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Reporter:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
         add_seconds: Callable[[str, float], None],
-        shares: Mapping[str, float] = STAGES,  # of the whole job's time, by stage in their order
+        shares: Mapping[str, float] = STAGES,  # of the job's time, by stage in their order, in any unit
     ) -> None:
-        self._shares = shares
+        self._shares = {name: share / sum(shares.values()) for name, share in shares.items()}
         self._on_progress = on_progress
         self._cancelled = cancelled
         self._add_seconds = add_seconds

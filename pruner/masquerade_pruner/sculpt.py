@@ -1,11 +1,7 @@
-"""The sculptor: select -> answer -> learn -> evaluate, each stage checkpointed; publishing is the caller's.
-
-Recovery will stand between learn and evaluate; `recovery="none"` is all that there is so far.
-"""
+"""The sculptor: select, answer, learn, recover, evaluate, each stage checkpointed; publishing is the caller's."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +18,8 @@ from masquerade_engine.requests import PersonaFunction
 from masquerade_engine.settings import EngineSettings
 from masquerade_masks import Mask, SettingError, SubNetwork, TeacherError, round_kept
 from masquerade_pruner import evaluation, synthesis
+from masquerade_pruner.changes import Change
+from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
@@ -29,11 +27,12 @@ from masquerade_pruner.instructions import Instruction, InstructionSet, load_ins
 from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
 from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
 from masquerade_pruner.prior import prior_of
-from masquerade_pruner.progress import Progress, Reporter
+from masquerade_pruner.progress import STAGES, Progress, Reporter
+from masquerade_pruner.recovery import Recovered, Recovery, recover
 from masquerade_pruner.rewriting import ChatModel, RewritingTeacher
 from masquerade_pruner.sensitivity import persona_units, reference_pass, select
 from masquerade_pruner.teacher import SelfTeacher, Teacher
-from masquerade_pruner.tree import masked
+from masquerade_pruner.tree import Forward, masked
 from masquerade_pruner.workdir import Workdir
 
 ANSWER_STREAMS = 64  # answers written at once; the engine's tokens a second still grow from 32 to 64 streams
@@ -47,7 +46,9 @@ Scored = tuple[Instruction, float]
 class SculptResult:
     """All that publishing needs."""
 
-    subnetwork: SubNetwork
+    subnetwork: SubNetwork  # with gains and biases, where recovery made any
+    recovery: Recovery  # what the sub-network has; `none` as well where nothing was better than the mask by itself
+    attached: dict[str, Any] | None  # `kind`, `tensors` by name, `alpha` and `rank`, where recovery made weights
     settings: dict[str, Any]
     system_prompt: str
     prompt_sha256: str
@@ -100,14 +101,15 @@ def sculpt(
     Raises `SculptCancelled`, `TeacherError` where the teacher fails or more than half of its answers are unusable, and
     `SettingError` for an unusable instruction set or a remote teacher that there is not.
     """
-    directories = (answers_dir or workdir / "answers", workdir / "mask")
+    directories = (answers_dir or workdir / "answers", workdir / "mask", workdir / "recovery")
     run = _Sculptor(spec, base, directories, cache_dir, teacher, progress, cancelled)
     with run.workshop():
         selected = run.select()
         answered = run.answer(selected)
         learned = run.learn(answered, cast)
-        report = run.evaluate(answered, learned)
-    return run.result(learned, report)
+        recovered = run.recover(answered, learned)
+        report = run.evaluate(answered, learned, recovered)
+    return run.result(recovered, report)
 
 
 class _Sculptor:
@@ -117,7 +119,7 @@ class _Sculptor:
         self,
         spec: SculptSpec,
         base: Base,
-        directories: tuple[Path, Path],  # answers, mask
+        directories: tuple[Path, Path, Path],  # answers, mask, recovery
         cache_dir: Path,
         teacher: ChatModel | None,
         progress: Callable[[Progress], None],
@@ -138,21 +140,24 @@ class _Sculptor:
         if self.remote is not None:
             self.metadata["teacher_model"] = self.remote.name
             identity["teacher_sha256"] = self.remote.digest
-        # Answers do not depend on the sparsity: another mask of the same persona learns from the same ones.
-        without_sparsity = {key: value for key, value in self.metadata.items() if key != "sparsity"}
-        self.answers = Workdir(directories[0], {**identity, **without_sparsity})
-        self.learning = Workdir(directories[1], {**identity, **self.metadata})
-        self.reporter = Reporter(progress, cancelled, self._add_seconds)
+        # A mask does not depend on the recovery after it, nor answers on the sparsity: both serve other masks as well.
+        of_mask = {key: value for key, value in self.metadata.items() if key != "recovery"}
+        of_answers = {key: value for key, value in of_mask.items() if key != "sparsity"}
+        self.answers = Workdir(directories[0], {**identity, **of_answers})
+        self.learning = Workdir(directories[1], {**identity, **of_mask})
+        self.recovering = Workdir(directories[2], {**identity, **self.metadata})
+        shares = {stage: share for stage, share in STAGES.items() if stage != "recover" or spec.recovery != "none"}
+        self.reporter = Reporter(progress, cancelled, self._add_seconds, shares)
         self.tally = synthesis.Tally(self.answers.read_json("dropped"))
         self._engine: Engine | None = None
 
     def _add_seconds(self, stage: str, seconds: float) -> None:
-        directory = self.answers if stage in ("select", "answer") else self.learning
-        directory.add_seconds(stage, seconds)
+        directories = {"select": self.answers, "answer": self.answers, "learn": self.learning}
+        directories.get(stage, self.recovering).add_seconds(stage, seconds)
 
     def seconds(self) -> dict[str, float]:
         """Seconds by stage, over restarts."""
-        return self.answers.seconds() | self.learning.seconds()
+        return self.answers.seconds() | self.learning.seconds() | self.recovering.seconds()
 
     @contextmanager
     def workshop(self) -> Iterator[None]:
@@ -383,25 +388,25 @@ class _Sculptor:
             learner.restore(state)
         else:
             baselines = {
-                name: self._on_validation(held_out, top_k_mask(importance, self.kept))
+                name: self._on_validation(held_out, masked(self.model, top_k_mask(importance, self.kept)))
                 for name, importance in importances.items()
             }
             best = learner.mask()
             history = {
                 "step": 0,
                 f"baseline_{self.measure}": baselines,
-                validation: [[0, self._on_validation(held_out, best)]],
+                validation: [[0, self._on_validation(held_out, masked(self.model, best))]],
                 "loss": [],
                 "best_step": 0,
             }
-        order = _Epochs(answered.train, settings.branches_per_step, self.spec.seed)
+        order = Epochs(answered.train, settings.branches_per_step, self.spec.seed)
         while learner.step_number < settings.steps:
             loss = learner.step(order.batch(learner.step_number))
             number = learner.step_number
             history["loss"].append(round(loss, 5))
             if number % settings.validate_every == 0 or number == settings.steps:
                 mask = learner.mask()
-                figure = self._on_validation(held_out, mask)
+                figure = self._on_validation(held_out, masked(self.model, mask))
                 if figure < min(value for _, value in history[validation]):
                     best, history["best_step"] = mask, number
                 history[validation].append([number, figure])
@@ -413,10 +418,9 @@ class _Sculptor:
         history["step"] = learner.step_number
         return best, history
 
-    def _on_validation(self, held_out: HeldOut, mask: torch.Tensor) -> float:
-        """What masks are chosen by, mean over validation: KL to the base, or NLL of a remote teacher's answers."""
-        forward = masked(self.model, mask)
-        return _mean(held_out.divergence(forward).kl if self.measure == "kl" else held_out.nll(forward))
+    def _on_validation(self, held_out: HeldOut, changed: Forward) -> float:
+        """What is chosen by, mean over validation: KL to the base, or NLL of a remote teacher's answers."""
+        return _mean(held_out.divergence(changed).kl if self.measure == "kl" else held_out.nll(changed))
 
     def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
         prior = prior_of(self.base, self.cache_dir) if self.settings.start == "prior" else None
@@ -432,22 +436,48 @@ class _Sculptor:
             self.learning.write_tensors("cast", saved)
         return self.settings.cast_pull * saved["usage"]
 
-    # 4. evaluate
+    # 4. recover
 
-    def evaluate(self, answered: _Answered, learned: _Learned) -> dict[str, Any]:
+    def recover(self, answered: _Answered, learned: _Learned) -> Recovered:
+        """What the spec asks for on top of the frozen mask, best on validation; the mask by itself for `none`."""
+        if self.spec.recovery == "none":
+            return Recovered("none", Change.of_mask(self.model, learned.mask), {})
+        settings = self.settings.recovery
+        self.release_engine()
+        with self.reporter.stage("recover"):
+            held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
+
+            return recover(
+                self.model,
+                learned.mask,
+                self.spec.recovery,
+                answered.train,
+                lambda changed: self._on_validation(held_out, changed),
+                settings,
+                loss=self.settings.loss,
+                seed=self.spec.seed,
+                workdir=self.recovering,
+                on_step=lambda step, loss: self.reporter.at(
+                    step, settings.steps, loss=loss, message=f"recovering with {self.spec.recovery}"
+                ),
+            )
+
+    # 5. evaluate
+
+    def evaluate(self, answered: _Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
         """The fidelity report, on the test split."""
-        report = self.learning.read_json("report")
+        report = self.recovering.read_json("report")
         if report is None:
             with self.reporter.stage("evaluate"):
-                report = self._report(answered, learned)
-                self.learning.write_json("report", report)
+                report = self._report(answered, learned, recovered)
+                self.recovering.write_json("report", report)
         return {**report, "seconds": self.seconds()}
 
-    def _report(self, answered: _Answered, learned: _Learned) -> dict[str, Any]:
+    def _report(self, answered: _Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
         check = self.reporter.check
         strongest = evaluation.strongest_baseline(learned.on_validation)
         compared = evaluation.fidelity if self.measure == "kl" else evaluation.likelihood
-        ours = masked(self.model, learned.mask)
+        ours = recovered.change.forward
         rivals = {name: masked(self.model, rival) for name, rival in learned.baselines.items()}
         contexts: dict[str, Any] = {}
         one_turn = HeldOut(self.model, answered.test, between=check)
@@ -458,7 +488,7 @@ class _Sculptor:
             scenes = HeldOut(self.model, answered.test_scenes, between=check)
             contexts["with_scene"] = compared(scenes, answered.test_scenes, ours, rivals, strongest)
         self.reporter.at(3, 5, message="free-running answers")
-        free = self._free_running(answered, learned, one_turn.dense_nll())
+        free = self._free_running(answered, recovered, one_turn.dense_nll())
         self.reporter.at(5, 5, message="done")
         return {
             "format": evaluation.REPORT_FORMAT,
@@ -472,11 +502,17 @@ class _Sculptor:
             "baselines": list(learned.baselines),
             "strongest_baseline": strongest,
             **contexts,
-            "free_running": evaluation.free_running(free),
+            "free_running": None if free is None else evaluation.free_running(free),
             "learning": {**learned.history, "num_examples": len(answered.train)},
+            "recovery": {"applied": recovered.kind, "bytes": recovered.num_bytes, **recovered.history},
         }
 
-    def _free_running(self, answered: _Answered, learned: _Learned, dense_nll: torch.Tensor) -> evaluation.FreeRunning:
+    def _free_running(
+        self, answered: _Answered, recovered: Recovered, dense_nll: torch.Tensor
+    ) -> evaluation.FreeRunning | None:
+        """None with attached weights, which the engine that samples cannot serve."""
+        if recovered.kind in ("lora", "full"):
+            return None
         places = spread(range(len(answered.test)), self.settings.num_free_running)
         chosen = [answered.test[place] for place in places]
         planned = [
@@ -487,7 +523,7 @@ class _Sculptor:
             planned,
             base=self.base,
             system_prompt=self.system_prompt,
-            teacher=self.teacher(self.subnetwork(learned)),
+            teacher=self.teacher(self.subnetwork(recovered)),
             max_tokens=self.settings.answer_tokens,
             on_example=lambda _example: self.reporter.check(),
         )
@@ -504,15 +540,28 @@ class _Sculptor:
             writer="dense" if self.remote is None else "teacher",
         )
 
-    def subnetwork(self, learned: _Learned) -> SubNetwork:
-        """The learned mask as what is stored and served."""
-        mask = Mask.from_dense(learned.mask.bool().numpy())
-        return SubNetwork(self.base.fingerprint, self.base.shape, mask)
+    def subnetwork(self, recovered: Recovered) -> SubNetwork:
+        """The mask with its gains and biases as what is stored and served."""
+        mask = Mask.from_kept_indices(recovered.change.kept.cpu().numpy(), self.base.shape.intermediate_size)
+        gain, bias = (None if one is None else one.cpu().numpy() for one in (recovered.gain, recovered.bias))
+        return SubNetwork(self.base.fingerprint, self.base.shape, mask, gain, bias)
 
-    def result(self, learned: _Learned, report: dict[str, Any]) -> SculptResult:
+    def attached(self, recovered: Recovered) -> dict[str, Any] | None:
+        """Weights that go beside the mask file."""
+        settings = self.settings.recovery
+        if recovered.kind == "lora":
+            shape = {"alpha": settings.lora_alpha, "rank": settings.lora_rank}
+            return {"kind": "lora", "tensors": recovered.lora, **shape}
+        if recovered.kind == "full":
+            return {"kind": "full", "tensors": recovered.full, "alpha": None, "rank": None}
+        return None
+
+    def result(self, recovered: Recovered, report: dict[str, Any]) -> SculptResult:
         """What publishing needs."""
         return SculptResult(
-            subnetwork=self.subnetwork(learned),
+            subnetwork=self.subnetwork(recovered),
+            recovery=recovered.kind,
+            attached=self.attached(recovered),
             settings=self.metadata,
             system_prompt=self.system_prompt,
             prompt_sha256=prompt_sha256(self.system_prompt),
@@ -520,29 +569,6 @@ class _Sculptor:
             examples_path=self.answers.examples_path("examples"),
             seconds=self.seconds(),
         )
-
-
-class _Epochs:
-    """Batches over shuffled epochs: every example is seen once before any is seen twice."""
-
-    def __init__(self, examples: Sequence[Example], batch: int, seed: int) -> None:
-        self._examples = examples
-        self._batch = batch
-        self._seed = seed
-
-    def batch(self, step: int) -> list[Example]:
-        """The examples of step number `step`, the same after a restart."""
-        first = step * self._batch
-        return [self._at(number) for number in range(first, first + self._batch)]
-
-    def _at(self, number: int) -> Example:
-        epoch, place = divmod(number, len(self._examples))
-        return self._examples[self._order(epoch)[place]]
-
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self._examples)))
-        random.Random(f"epoch {epoch} {self._seed}").shuffle(order)
-        return order
 
 
 def _remote(spec: SculptSpec, teacher: ChatModel | None) -> ChatModel | None:

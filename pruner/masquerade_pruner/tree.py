@@ -218,13 +218,15 @@ def _pad(states: torch.Tensor, group: BranchGroup) -> torch.Tensor:
 
 
 class ActivationWatch:
-    """Sums of squared FFN activations over all tokens seen, `[layers, intermediate]` fp32."""
+    """Sums of FFN activations and of their squares over all tokens seen, `[layers, intermediate]` fp32."""
 
     def __init__(self, num_layers: int, intermediate_size: int) -> None:
+        self.sums = torch.zeros(num_layers, intermediate_size)
         self.squares = torch.zeros(num_layers, intermediate_size)
         self.num_tokens = 0
 
     def see(self, layer: int, activations: torch.Tensor) -> None:
+        self.sums[layer] += activations.detach().sum(dim=(0, 1), dtype=torch.float32).cpu()
         self.squares[layer] += activations.detach().float().square().sum(dim=(0, 1)).cpu()
         self.num_tokens += activations.shape[1] if layer == 0 else 0
 

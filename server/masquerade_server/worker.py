@@ -179,7 +179,7 @@ class Worker:
         header = MaskHeader(
             persona=job.persona_id,
             version=0,
-            recovery=job.spec["recovery"],
+            recovery=result.recovery,
             prompt_sha256=result.prompt_sha256,
             settings=result.settings,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from masquerade_pruner.estimate import estimate
 from masquerade_pruner.examples import read_examples
 from masquerade_pruner.mask_learning import top_k_mask
 from masquerade_pruner.prior import prior_path
+from masquerade_pruner.recovery import Recovery
 
 TEXT = "You are a tester of bridges who speaks in short, heavy sentences and distrusts rope."
 
@@ -42,9 +44,18 @@ def run_sculpt(
 ) -> Callable[..., SculptResult]:
     cache_dir = tmp_path_factory.mktemp("sculpt-cache")
 
-    def run(workdir: Path, *, sparsity: float = 0.5, answers: str = "base", **keywords: Any) -> SculptResult:
+    def run(
+        workdir: Path, *, sparsity: float = 0.5, recovery: Recovery = "none", answers: str = "base", **keywords: Any
+    ) -> SculptResult:
         spec = SculptSpec(
-            "tester", "Tester", TEXT, sparsity=sparsity, preset="smoke", teacher=answers, instructions=instructions
+            "tester",
+            "Tester",
+            TEXT,
+            sparsity=sparsity,
+            preset="smoke",
+            recovery=recovery,
+            teacher=answers,
+            instructions=instructions,
         )
         return sculpt(spec, tiny_base, workdir, **{"cache_dir": cache_dir, **keywords})
 
@@ -107,6 +118,73 @@ def test_a_stopped_job_resumes_to_the_same_mask(
     result = run_sculpt(tmp_path, progress=lambda news: resumed.append(news.stage))
     assert "select" not in resumed
     assert result.subnetwork.digest == finished.subnetwork.digest
+
+
+@pytest.fixture(scope="session")
+def recover_finished(run_sculpt: Callable[..., SculptResult], finished: SculptResult) -> Callable[..., SculptResult]:
+    """`recover_finished(workdir, recovery)`: in a copy of the finished sculpt's directory, with another recovery."""
+
+    def run(workdir: Path, recovery: str, **keywords: Any) -> SculptResult:
+        if not workdir.exists():
+            shutil.copytree(finished.examples_path.parents[1], workdir)
+        return run_sculpt(workdir, recovery=recovery, **keywords)
+
+    return run
+
+
+@pytest.mark.parametrize("recovery", ["vectors", "lora", "full"])
+def test_recovery_goes_on_from_the_same_mask(
+    recover_finished: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path, recovery: str
+) -> None:
+    news: list[Progress] = []
+    result = recover_finished(tmp_path / "work", recovery, progress=news.append)
+    assert [one for one in dict.fromkeys(one.stage for one in news) if one != "answer"] == ["recover", "evaluate"]
+    assert {one.total for one in news if one.stage == "recover" and one.completed} == {3}  # of few examples
+    assert result.subnetwork.mask == finished.subnetwork.mask
+    told, before = result.report["recovery"], finished.report["one_turn"]["all"]
+    assert (result.recovery, told["kind"], told["applied"]) == (recovery,) * 3
+    assert [step for step, _ in told["validation"]] == [0, 2, 3]
+    assert min(figure for _, figure in told["validation"]) < told["unrecovered"]
+    assert told["bytes"] > 0
+    assert result.settings["recovery"]["kind"] == recovery
+    assert result.report["one_turn"]["all"]["kl"] != before["kl"]
+    assert result.report["one_turn"]["all"]["baseline_kl"] == before["baseline_kl"]
+    json.dumps(result.report, allow_nan=False)
+
+
+def test_vectors_are_in_the_subnetwork_and_weights_are_attached(
+    recover_finished: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path
+) -> None:
+    vectors, lora, full = (recover_finished(tmp_path / one, one) for one in ("vectors", "lora", "full"))
+    assert finished.attached is None
+    assert vectors.attached is None
+    for one in (vectors, lora):
+        assert one.subnetwork.gain is not None
+        assert one.subnetwork.bias is not None
+        assert one.subnetwork.digest != finished.subnetwork.digest
+    assert full.subnetwork.digest == finished.subnetwork.digest
+    assert lora.attached is not None
+    assert (lora.attached["kind"], lora.attached["rank"], lora.attached["alpha"]) == ("lora", 16, 16.0)
+    assert lora.attached["tensors"]["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"].shape == (96, 16)
+    assert full.attached is not None
+    assert full.attached["tensors"]["model.layers.2.mlp.down_proj.weight"].shape == (32, full.subnetwork.mask.kept)
+    assert vectors.report["free_running"]["num_questions"] > 0
+    assert lora.report["free_running"] is full.report["free_running"] is None  # nothing here can sample from them
+
+
+def test_a_job_stopped_while_recovering_resumes_to_the_same_vectors(
+    recover_finished: Callable[..., SculptResult], tmp_path: Path
+) -> None:
+    whole = recover_finished(tmp_path / "whole", "vectors")
+    reached: list[str] = []
+    with pytest.raises(SculptCancelled):
+        recover_finished(
+            tmp_path / "stopped",
+            "vectors",
+            progress=lambda news: reached.append(news.stage),
+            cancelled=lambda: reached.count("recover") >= 3,
+        )
+    assert recover_finished(tmp_path / "stopped", "vectors").subnetwork.digest == whole.subnetwork.digest
 
 
 def test_another_sparsity_learns_from_the_same_answers(run_sculpt: Callable[..., SculptResult], tmp_path: Path) -> None:
@@ -297,3 +375,12 @@ def test_estimate_grows_with_effort(tiny_base: Base) -> None:
     ]
     assert seconds == sorted(seconds)
     assert seconds[0] < seconds[2]
+
+
+def test_estimate_counts_recovery(tiny_base: Base) -> None:
+    none, vectors, full = (
+        estimate(SculptSpec("p", "P", TEXT, recovery=recovery), tiny_base) for recovery in ("none", "vectors", "full")
+    )
+    assert "recover" not in none["seconds"]
+    assert vectors["total_seconds"] == pytest.approx(none["total_seconds"] + vectors["seconds"]["recover"], abs=0.2)
+    assert full["peak_bytes"] > vectors["peak_bytes"] == none["peak_bytes"]

@@ -91,6 +91,7 @@ def result(spec: Spec, base: Any, workdir: Path, cast_size: int, teacher: Any) -
     prompt = persona_system_prompt(spec.name, spec.text)
     return SimpleNamespace(
         subnetwork=subnetwork(base, spec.seed),
+        recovery=spec.recovery,
         settings={"preset": spec.preset, "seed": spec.seed, "sparsity": spec.sparsity},
         system_prompt=prompt,
         prompt_sha256=prompt_sha256(prompt),

@@ -32,6 +32,7 @@ app = typer.Typer(
 Id = Annotated[str, typer.Argument(help="The persona's id.")]
 Sparsity = Annotated[float | None, typer.Option(help="Share of FFN neurons to drop, above 0 to 0.9 (0.25).")]
 Preset = Annotated[str | None, typer.Option(help="Effort: smoke, default or thorough.")]
+Recovery = Annotated[str | None, typer.Option(help="Trained on top of the mask: none or vectors (gains, biases).")]
 Teacher = Annotated[
     str | None, typer.Option(help="Who writes the answers: base, or remote where the server has one configured.")
 ]
@@ -76,13 +77,14 @@ def create(
     id: Annotated[str | None, typer.Option(help="Its id; by default made from the name.")] = None,
     sparsity: Sparsity = None,
     preset: Preset = None,
+    recovery: Recovery = None,
     teacher: Teacher = None,
     seed: Seed = None,
     cast: Cast = None,
     wait: Wait = True,
 ) -> None:
     """Create a persona and sculpt it; it answers at once from the unpruned base, then from its own sub-network."""
-    options = _given(sparsity=sparsity, preset=preset, teacher=teacher, seed=seed, cast=cast)
+    options = _given(sparsity=sparsity, preset=preset, recovery=recovery, teacher=teacher, seed=seed, cast=cast)
     with _client(context) as client:
         persona = client.personas.create(name=name_of(text, name), text=read_text(text), id=id, **options)
         typer.echo(f"{persona.id} answers from the unpruned base while its mask is learned.")
@@ -98,6 +100,7 @@ def update(
     name: Annotated[str | None, typer.Option(help="A new name.")] = None,
     sparsity: Sparsity = None,
     preset: Preset = None,
+    recovery: Recovery = None,
     teacher: Teacher = None,
     seed: Seed = None,
     sculpt: Annotated[bool, typer.Option(help="Learn a new mask; otherwise the present one is kept.")] = True,
@@ -105,7 +108,7 @@ def update(
 ) -> None:
     """Change a persona. A new version is sculpted while the old one serves."""
     new_text = None if text is None else read_text(text)
-    options = _given(sparsity=sparsity, preset=preset, teacher=teacher, seed=seed)
+    options = _given(sparsity=sparsity, preset=preset, recovery=recovery, teacher=teacher, seed=seed)
     with _client(context) as client:
         client.personas.update(persona, name=name, text=new_text, sculpt=sculpt, **options)
         if sculpt and wait:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from masquerade_engine.threads import available_cores
-from masquerade_masks import MaskFile, MaskHeader
+from masquerade_masks import MaskFile, MaskHeader, SettingError
 from masquerade_masks.mask_file import write
 from masquerade_masks.registry import SQLiteRegistry, utc_now
 from masquerade_masks.store import PersonaFiles, write_json_atomic
@@ -30,6 +30,7 @@ Id = Annotated[str | None, typer.Option(help="Its id; by default made from the n
 Sparsity = Annotated[float, typer.Option(help="Share of FFN neurons to drop, above 0 to 0.9.")]
 Preset = Annotated[str, typer.Option(help="Effort: smoke (a try-out), default or thorough.")]
 Teacher = Annotated[str, typer.Option(help="Who writes the answers: base, or remote with --teacher-url and the like.")]
+Recovery = Annotated[str, typer.Option(help="What is trained on top of the mask: none or vectors (gains, biases).")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same mask on the same machine.", min=0)]
 Instructions = Annotated[Path | None, typer.Option(help="Questions of your own, in Alpaca format (.json or .jsonl).")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the mask, its report and its examples.")]
@@ -44,6 +45,7 @@ def sculpt(
     id: Id = None,
     sparsity: Sparsity = 0.25,
     preset: Preset = "default",
+    recovery: Recovery = "none",
     teacher: Teacher = "base",
     seed: Seed = 0,
     instructions: Instructions = None,
@@ -93,6 +95,7 @@ def sculpt(
         text=persona_text,
         sparsity=sparsity,
         preset=preset,
+        recovery=_served(recovery),
         seed=seed,
         teacher=teacher,
         instructions=instructions,
@@ -109,6 +112,12 @@ def sculpt(
         _publish(result, spec, base, settings)
     shutil.rmtree(workdir, ignore_errors=True)
     _summarise(result, written)
+
+
+def _served(recovery: str) -> Literal["none", "vectors"]:
+    if recovery not in ("none", "vectors"):
+        raise SettingError("recovery", f"{recovery!r} is not one of none, vectors")
+    return cast('Literal["none", "vectors"]', recovery)
 
 
 def _sculpt(spec: SculptSpec, base: Base, workdir: Path, settings: Settings) -> SculptResult:
@@ -143,7 +152,7 @@ def _mask_file(result: SculptResult, spec: SculptSpec) -> MaskFile:
     header = MaskHeader(
         persona=spec.persona_id,
         version=1,
-        recovery=spec.recovery,
+        recovery=result.recovery,
         prompt_sha256=result.prompt_sha256,
         settings=result.settings,
         created=utc_now(),
