@@ -301,6 +301,17 @@ def test_a_remote_teachers_report_measures_its_likelihood(taught: SculptResult) 
     assert "dense_nll_of_teacher" in report["free_running"]
 
 
+def test_recovery_after_a_remote_teacher_is_chosen_by_its_likelihood(
+    run_sculpt: Callable[..., SculptResult], taught: SculptResult, tmp_path: Path
+) -> None:
+    spoiled = {3: " ", 7: "As an AI, I have no bridge.", 11: ""}
+    recovered = run_sculpt(tmp_path, recovery="vectors", answers="remote", teacher=Rewriter(spoiled.get))
+    assert recovered.subnetwork.mask == taught.subnetwork.mask
+    assert recovered.recovery == "vectors"
+    before, after = (one.report["one_turn"]["all"]["nll"]["mean"] for one in (taught, recovered))
+    assert after < before
+
+
 def test_dropped_answers_are_counted_by_reason(taught: SculptResult) -> None:
     counts = taught.report["synthesis"]
     assert counts["dropped"] == {"empty": 2, "refusal": 1}
