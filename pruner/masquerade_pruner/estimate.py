@@ -18,6 +18,7 @@ from masquerade_pruner.plan import Execution, Job, Plan, make_plan
 from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
 
 _LONG_QUESTION = 0.9  # the quantile of the questions' lengths that memory is reckoned with
+_SECONDS_PER_REMOTE_ANSWER = 0.25  # an assumption, not measured: two seconds each, eight at once
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,7 @@ def test_sculpting_writes_mask_report_and_examples_and_publishes(
     ]
     found = read(out / "old-nettie.safetensors")
     assert found.header.settings["preset"] == "smoke"
-    assert json.loads((out / "old-nettie.report.json").read_text()) == {"kept": 48}
+    assert json.loads((out / "old-nettie.report.json").read_text()) == {"kept": 48, "cast": 0}
     with SQLiteRegistry(tmp_path / "data" / "registry.sqlite") as registry:
         persona = registry.get_persona("old-nettie")
         assert (persona.name, persona.text, persona.version) == ("Old Nettie", "A witch.", 1)
@@ -233,12 +233,31 @@ def test_a_sculpt_that_is_interrupted_keeps_its_checkpoints(
     assert "from 15" in result.output
 
 
+def test_a_sculpt_gets_the_configured_teacher_where_it_asks_for_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masquerade_pruner, "sculpt", fake_sculpting.sculpt)
+    monkeypatch.setenv("MASQUERADE_TEACHER_URL", "http://127.0.0.1:9/v1")
+    text = tmp_path / "witch.txt"
+    text.write_text("A witch.")
+    reports = {}
+    for teacher in ("base", "remote"):
+        out = tmp_path / teacher
+        found = run("sculpt", str(text), "--teacher", teacher, "--teacher-model", "scribe", "-o", str(out))
+        assert found.exit_code == 0, found.output
+        reports[teacher] = json.loads((out / "witch.report.json").read_text())
+    assert (reports["base"].get("teacher_model"), reports["remote"]["teacher_model"]) == (None, "scribe")
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
         (["--sparsity", "1"], "sparsity"),
         (["--sparsity", "nan"], "sparsity"),
         (["--preset", "best"], "preset"),
+        (["--teacher", "oracle"], "teacher"),
+        (["--teacher", "remote", "--preset", "smoke"], "teacher"),
+        (["--teacher", "remote", "--teacher-url", "http://127.0.0.1:9/v1"], "teacher_model"),
         (["--id", "../x"], "id"),
         (["--name", " "], "name"),
     ],
