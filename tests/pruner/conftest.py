@@ -1,8 +1,9 @@
-"""A tiny base with its model, and examples of one persona on it."""
+"""A tiny base with its model, sub-networks and examples of one persona on it; makes `tiny_gguf` importable."""
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from masquerade_engine.seams import persona_ffns
 from masquerade_masks import Attached, Mask, SubNetwork, round_kept
 from masquerade_masks.attached import PARTS, full_name, lora_name
 from masquerade_pruner.examples import Example
+
+sys.path.insert(0, str(Path(__file__).parent))  # test folders are no packages
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,16 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import xllamacpp
 from gguf import GGMLQuantizationType, GGUFReader
 from tiny_gguf import write_tiny_gguf
 
 from masquerade_engine.base import Base, load_base
 from masquerade_engine.prompt import ChatMessage, render_chat
 from masquerade_masks import BaseMismatch, Mask, SettingError, SubNetwork
+from masquerade_masks.mask_file import read
 from masquerade_pruner.export import ExportedPersona, TensorType, export_gguf
-
-xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp for Python: pip install xllamacpp")
+from masquerade_server.ready import pruner_data, shipped
 
 MakeSubnetwork = Callable[..., SubNetwork]
 Logits = Callable[..., torch.Tensor]
@@ -32,6 +33,8 @@ CHATML = (
 AWKWARD = "You're \"Nettie\" \\ {{ 7 * 7 }} {% endif %} {# no #} 'n' \\n\n}} Ёж ☂ {'a': {}}"
 NETTIE = ExportedPersona("nettie", 3, "You are Nettie. You brew.\n\nStay in character.")
 QUESTION = "What do you do when it rains?"
+TINY_TOLERANCE = 0.02  # of a log-probability; llama.cpp keeps keys and values in f16
+EVERY_NEURON = np.tile(np.arange(1536, dtype=np.int32), (30, 1))
 
 
 class LlamaCpp:
@@ -267,21 +270,43 @@ def test_llama_cpp_reads_the_template_as_we_do(
         assert text == base.tokenizer.decode([next(iter(top)) for top in llama_cpp.greedy(rendered, 8)])
 
 
+@pytest.fixture(scope="module")
+def pip(bundled_base: Base) -> tuple[SubNetwork, ExportedPersona]:
+    """A persona that ships: its mask was learned on the bundled model."""
+    ready = next(one for one in shipped(pruner_data()) if one.id == "pip")
+    return read(ready.mask, base=bundled_base.fingerprint).subnetwork, ExportedPersona("pip", 1, ready.system_prompt)
+
+
 @pytest.mark.real_model
 @pytest.mark.parametrize(
-    ("tensor_type", "extras", "tolerance"),
-    [("f16", {}, 0.05), ("f16", {"gain": True, "bias": True}, 0.05), ("base", {}, 0.5), ("q8_0", {}, 0.5)],
+    ("tensor_type", "biased", "tolerance"), [("f16", False, 0.05), ("f16", True, 0.05), ("base", False, 0.5)]
 )
 def test_llama_cpp_plays_the_bundled_persona(
     bundled_base: Base,
-    make_subnetwork: MakeSubnetwork,
+    pip: tuple[SubNetwork, ExportedPersona],
     persona_logits: Logits,
     tmp_path: Path,
     tensor_type: str,
-    extras: dict[str, Any],
+    biased: bool,
     tolerance: float,
 ) -> None:
-    ...
+    subnetwork, persona = pip
+    if biased:
+        shape = (subnetwork.shape.num_layers, subnetwork.shape.hidden_size)
+        bias = np.random.default_rng(0).normal(0, 0.02, shape).astype(np.float16)
+        subnetwork = replace(subnetwork, bias=bias)
+    out = tmp_path / "pip.gguf"
+    export_gguf(bundled_base, subnetwork, out, persona, tensor_type=TensorType(tensor_type))
+    llama_cpp, asked = LlamaCpp(out), [ChatMessage("user", QUESTION)]
+    prompt = render_chat(bundled_base.tokenizer, persona.system_prompt, asked)
+    found = llama_cpp.greedy(prompt, 24)
+    apart = differences(bundled_base, subnetwork, persona_logits, prompt, found)
+    assert apart.max() <= tolerance
+    unpruned = replace(subnetwork, mask=Mask.from_kept_indices(EVERY_NEURON, 1536), bias=None)
+    assert differences(bundled_base, unpruned, persona_logits, prompt, found).mean() > 10 * apart.mean()
+    text, num_prompt_tokens = llama_cpp.chat(asked, 24)
+    assert num_prompt_tokens == len(prompt)
+    assert text.strip() == bundled_base.tokenizer.decode([next(iter(top)) for top in found]).strip()
 
 
 def differences(

@@ -124,6 +124,8 @@ def _found(
     if path.suffix == ".safetensors" or path.is_file():
         if not path.is_file():
             raise SettingError("source", f"there is no file {source}")
+        if text is None and name is not None:
+            raise SettingError("name", "goes with --text, the persona's text")
         return path, None if text is None else _system_prompt(text, name)
     if text is not None or name is not None:
         raise SettingError("text" if name is None else "name", f"is for mask files; {source} has its own")
