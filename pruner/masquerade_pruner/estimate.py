@@ -52,6 +52,8 @@ def estimate(
     job = describe(spec, base, settings, instructions)
     plan = plan_for(job, base, execution or Execution(), behind_others=behind_others)
     seconds = stage_seconds(job, settings, plan, speed_of(base))
+    if spec.teacher == "remote":
+        seconds["answer"] = job.work.num_answers * _SECONDS_PER_REMOTE_ANSWER
     return {
         "seconds": {stage: round(value, 1) for stage, value in seconds.items() if value},
         "total_seconds": round(sum(seconds.values()), 1),

@@ -46,8 +46,6 @@ def _prose(value: str) -> str:
         raise ValueError(f"is {size} bytes long; the limit is {MAX_TEXT_BYTES}")
     return stripped
 
-    return value
-
 
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARS), AfterValidator(_one_line)]
 PersonaText = Annotated[str, AfterValidator(_prose)]
