@@ -76,8 +76,8 @@ def free_running(samples: FreeRunning) -> dict[str, Any]:
         "num_questions": len(samples.sculpted),
         "dense_nll_of_dense": mean_interval(_values(samples.dense_nll)).as_dict(),
         "dense_nll_of_sculpted": mean_interval(_values(samples.sculpted_nll)).as_dict(),
-        "stop_rate": {"dense": _stop_rate(samples.dense), "sculpted": _stop_rate(samples.sculpted)},
-        "repetition": {"dense": _repetition(samples.dense), "sculpted": _repetition(samples.sculpted)},
+        "stop_rate": {"dense": stop_rate(samples.dense), "sculpted": stop_rate(samples.sculpted)},
+        "repetition": {"dense": repetition(samples.dense), "sculpted": repetition(samples.sculpted)},
         "samples": [
             {"question": one.question, "dense": one.answer_text, "sculpted": other.answer_text}
             for one, other in zip(samples.dense[:5], samples.sculpted[:5], strict=True)
@@ -90,11 +90,12 @@ def strongest_baseline(validation_kl: Mapping[str, float]) -> str:
     return min(validation_kl, key=lambda name: validation_kl[name])
 
 
-def _stop_rate(examples: Sequence[Example]) -> float:
+def stop_rate(examples: Sequence[Example]) -> float:
+    """Share of the answers that ended by themselves."""
     return round(float(np.mean([one.ended for one in examples])), 4)
 
 
-def _repetition(examples: Sequence[Example]) -> float:
+def repetition(examples: Sequence[Example]) -> float:
     """Share of an answer's token 4-grams that repeat an earlier one of it, mean over answers."""
     shares = []
     for one in examples:

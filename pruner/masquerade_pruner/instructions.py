@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from masquerade_masks import SettingError
 
 Split = Literal["train", "validation", "test"]
+T = TypeVar("T")
 
 VALIDATION_TOPICS = frozenset({"clothing", "friendship", "weather"})
 TEST_TOPICS = frozenset({"courage", "dreams", "festivals", "money", "sea"})
@@ -140,6 +141,13 @@ def without_near_duplicates(instructions: Sequence[Instruction]) -> list[Instruc
         seen.append(pairs)
         kept.append(one)
     return kept
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of them at most, evenly over a list that is in topic order."""
+    if count >= len(items):
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _words(text: str) -> list[str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # test folders are no packages
 
 from masquerade_engine.base import Base, load_base
 from masquerade_pruner.examples import Example
