@@ -11,13 +11,18 @@ from masquerade_pruner.tree import Forward, Tree, TreeContext, head_weight, run_
 
 def applied(model: torch.nn.Module, subnetwork: SubNetwork) -> Forward:
     """The base under a sub-network. Raises `SettingError` for attached weights."""
-    if subnetwork.attached:
-        raise SettingError("recovery", "a sub-network with attached weights (lora, full) cannot be evaluated yet")
+    refuse_attached(subnetwork)
     device = head_weight(model).device
     coefficients = torch.from_numpy(subnetwork.coefficients()).to(device)
     biases = subnetwork.biases()
     shifts = None if biases is None else torch.from_numpy(biases).to(device)
     return lambda tree: run_tree(model, tree, _SubNetworkContext(tree, coefficients, shifts))
+
+
+def refuse_attached(subnetwork: SubNetwork) -> None:
+    """Raise `SettingError` for a sub-network that holds more than its mask, gains and biases."""
+    if subnetwork.attached:
+        raise SettingError("recovery", "a sub-network with attached weights (lora, full) cannot be evaluated yet")
 
 
 class _SubNetworkContext(TreeContext):

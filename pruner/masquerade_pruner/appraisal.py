@@ -1,8 +1,8 @@
 """Appraise: a published sub-network beside the dense persona, on what nothing was chosen by.
 
-Five parts, each by itself: `test` (the built-in test split, plain and under scene lines), `discrimination`, `capability`
-(multiple choice, and tasks of lm-evaluation-harness), `questions` (a file's) and `conversations`. One-turn, with-scene
-and many-turn figures are kept apart. The same seed gives the same report on the same machine.
+Five parts, each by itself: `test` (the built-in test split, plain and under scene lines), `discrimination`,
+`capability` (multiple choice, and tasks of lm-evaluation-harness), `questions` (a file's) and `conversations`.
+One-turn, with-scene and many-turn figures are kept apart. The same seed gives the same report on the same machine.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def appraise(
 ) -> Appraisal:
     """Measure a published version.
 
-    Raises `BaseMismatch`, and `SettingError` for an unusable instruction set, attached weights, or lm-evaluation-harness
-    asked for and missing, all before anything is run.
+    Raises `BaseMismatch`, and `SettingError` for an unusable instruction set, attached weights, or
+    lm-evaluation-harness asked for and missing, all before anything is run.
     """
     if settings.lm_eval:
         lm_eval_tasks.require_lm_eval()
@@ -148,7 +148,6 @@ def appraise(
         settings = _without(settings, "questions")
     instruction_set = load_instructions(instructions)
     with PersonaPair(base, subject.subnetwork, subject.system_prompt) as pair:
-        assert pair.sculpted  # refuses attached weights before minutes have gone by
         run = _Appraiser(subject, pair, settings, instruction_set, cache_dir, on_progress)
         return run.appraise(questions, lm_eval_include)
 
@@ -213,7 +212,11 @@ class _Appraiser:
             "recovery": subject.recovery,
             "prompt_sha256": prompt,
             "learned_under_this_prompt": prompt == subject.prompt_sha256,
-            "base": {"name": base.name, "fingerprint": base.fingerprint, "dtype": str(base.dtype).removeprefix("torch.")},
+            "base": {
+                "name": base.name,
+                "fingerprint": base.fingerprint,
+                "dtype": str(base.dtype).removeprefix("torch."),
+            },
             "instructions_sha256": self.instructions.digest,
             "settings": {**asdict(self.settings), "parts": list(self.settings.parts)},
         }
@@ -304,10 +307,7 @@ class _Appraiser:
         chosen = [dense[place] for place in places]
         planned = [_again(one, index) for index, one in enumerate(chosen)]
         self.on_progress(f"{part}: the sub-network's answers", 0, len(planned))
-        by_id = {
-            one.id: one
-            for one in self.pair.speak(planned, sculpted=True, max_tokens=self.settings.answer_tokens)
-        }
+        by_id = {one.id: one for one in self.pair.speak(planned, sculpted=True, max_tokens=self.settings.answer_tokens)}
         nll = held_out.dense_nll()[places]
         pairs = [(one, by_id[one.id], own) for one, own in zip(chosen, nll, strict=True) if one.id in by_id]
         if not pairs:
@@ -353,7 +353,9 @@ class _Appraiser:
         answers: dict[str, list[tuple[int, ...]]] = {one: [] for one in own}
         for number, rival in enumerate(rivals):
             self.on_progress("discrimination: other personas' answers", number, len(rivals))
-            for one in self.pair.speak(planned, max_tokens=settings.candidate_tokens, system_prompt=rival.system_prompt):
+            for one in self.pair.speak(
+                planned, max_tokens=settings.candidate_tokens, system_prompt=rival.system_prompt
+            ):
                 if one.id in answers:
                     answers[one.id].append(_unended(one))
         found = []

@@ -20,7 +20,8 @@ from masquerade_pruner.likelihood import Candidate, score
 from masquerade_pruner.tree import Forward
 
 MISSING = "lm-evaluation-harness is not installed: pip install 'masquerade[eval]'"
-_UNSAMPLED = "--lm-eval runs tasks that score given answers (openbookqa, piqa, arc_easy), none that generates text"
+_SCORED = frozenset({"multiple_choice", "loglikelihood"})
+_UNSCORED = "it generates text; the tasks that run here score given answers (openbookqa, piqa, arc_easy)"
 
 TokenRequest = tuple[tuple[str, str], list[int], list[int]]  # texts, context tokens, continuation tokens
 
@@ -43,9 +44,8 @@ def run_tasks(
 ) -> dict[str, Any]:
     """Every (sub)task's metrics under each forward, and the drop with its paired interval over the questions.
 
-    A task whose name or data cannot be had is reported as `unavailable`, with the reason. `include` is a
-    folder with task files of one's own. Raises `SettingError` where `lm_eval` is missing, and for a task that generates
-    text.
+    A task whose name or data cannot be had, or that wants text generated, is reported as `unavailable`, with the
+    reason. `include` is a folder with task files of one's own. Raises `SettingError` where `lm_eval` is missing.
     """
     evaluator = _imported("lm_eval.evaluator")
     manager = _imported("lm_eval.tasks").TaskManager(include_path=None if include is None else str(include))
@@ -53,10 +53,13 @@ def run_tasks(
     for task in tasks:
         # Loading reads other people's code and hosts: what it can raise is not ours to list.
         try:
-            manager.load([task])
+            loaded = manager.load([task])["tasks"]
         except Exception as error:
             first = str(error).strip().partition("\n")[0] or type(error).__name__
             report[task] = {"unavailable": f"lm_eval cannot load {task}, or its data is not reachable here: {first}"}
+            continue
+        if any(one.get_config("output_type") not in _SCORED for one in loaded.values()):
+            report[task] = {"unavailable": _UNSCORED}
             continue
         rows = {
             name: _run(evaluator, manager, task_model(base, model, forward, between=between), task, limit, seed)
@@ -94,9 +97,7 @@ def _compared(rows: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]:
         for metric in samples[0]["metrics"]:
             if not isinstance(samples[0][metric], int | float | np.number):
                 continue
-            before, after = (
-                np.array([float(row[metric]) for row in given]) for given in (samples, sculpted[name])
-            )
+            before, after = (np.array([float(row[metric]) for row in given]) for given in (samples, sculpted[name]))
             report[name][metric] = {
                 "dense": mean_interval(before).as_dict(),
                 "sculpted": mean_interval(after).as_dict(),
@@ -153,10 +154,10 @@ class _Scoring:
         return Candidate(tuple(context[-(self._base.context_length - len(kept)) :]), tuple(kept))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-        raise SettingError("lm-eval", _UNSAMPLED)
+        raise NotImplementedError(_UNSCORED)
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        raise SettingError("lm-eval", _UNSAMPLED)
+        raise NotImplementedError(_UNSCORED)
 
 
 def _imported(name: str) -> Any:

@@ -70,9 +70,7 @@ def answer_choices(
     between: Callable[[], None] = lambda: None,
 ) -> Correct:
     """Which questions a model gets right: as plain text, or with `system_prompt` as a chat with the persona."""
-    candidates = [
-        _candidate(base, one.question, option, system_prompt) for one in choices for option in one.options
-    ]
+    candidates = [_candidate(base, one.question, option, system_prompt) for one in choices for option in one.options]
     found = score(model, candidates, forward, between=between).log_likelihood.numpy()
     lengths = np.array([len(option.encode()) for one in choices for option in one.options])
     ends = np.cumsum([len(one.options) for one in choices])[:-1]

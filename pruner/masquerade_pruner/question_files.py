@@ -1,8 +1,8 @@
 """Question files of others: persona-vectors' JSON and RoleBench's JSONL.
 
-persona-vectors (arXiv 2507.21509): `{"instruction": [{"pos", "neg"}], "questions": [...], "eval_prompt"}`. Each `pos` is
-a scene line here; `neg` has no use, for a persona is never asked to be its opposite. RoleBench (arXiv 2310.00746): lines
-of `{"role", "question", "generated"}`, `generated` the reference answers.
+persona-vectors (arXiv 2507.21509): `{"instruction": [{"pos", "neg"}], "questions": [...], "eval_prompt"}`. Each `pos`
+is a scene line here; `neg` has no use, for a persona is never asked to be its opposite. RoleBench (arXiv 2310.00746):
+lines of `{"role", "question", "generated"}`, `generated` the reference answers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An LLM judge behind an OpenAI-compatible endpoint: scores of 0 to 100 for what personas say.
 
-The endpoint is the operator's own choice. Its key goes into one header and nowhere else: not into reports, logs or errors.
+The endpoint is the operator's own choice. Its key goes into one header and nowhere else: into no report, log or error.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class JudgeSettings:
         environ: Mapping[str, str] | None = None,
         concurrency: int = 8,
     ) -> JudgeSettings:
-        """From flags, else from the environment; the key from the environment alone, for flags can be seen by others."""
+        """From flags, else from the environment; the key from there alone, for flags can be seen by others."""
         environ = os.environ if environ is None else environ
         found_url, found_model = url or environ.get(URL_ENV), model or environ.get(MODEL_ENV)
         if not found_url:
@@ -123,8 +123,8 @@ class Verdicts:
 def parse_score(text: str) -> float | None:
     """The one score from 0 to 100 in a judge's reply; None where there is none, or no telling which.
 
-    Thinking aloud in <think> is passed over, `85/100` and `85 out of 100` are 85, and of several numbers only one that is
-    announced (`Score: 85`) counts.
+    Thinking aloud in <think> is passed over, `85/100` and `85 out of 100` are 85, and of several numbers only one that
+    is announced (`Score: 85`) counts.
     """
     said = re.sub(r"<think>.*?</think>", " ", text, flags=re.DOTALL)
     said = re.sub(r"(/|\bout of\b)\s*100\b", " ", said.replace("*", " "))
@@ -152,9 +152,7 @@ def ask(
     return asyncio.run(_ask(settings, prompts, on_done))
 
 
-async def _ask(
-    settings: JudgeSettings, prompts: Sequence[str], on_done: Callable[[int, int], None]
-) -> Verdicts:
+async def _ask(settings: JudgeSettings, prompts: Sequence[str], on_done: Callable[[int, int], None]) -> Verdicts:
     headers = {} if settings.api_key is None else {"Authorization": f"Bearer {settings.api_key}"}
     places = asyncio.Semaphore(settings.concurrency)
     done = 0
@@ -171,8 +169,8 @@ async def _ask(
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(prompt)) for prompt in prompts]
-        except* JudgeError as refusals:
-            raise refusals.exceptions[0] from None
+        except ExceptionGroup as group_error:
+            raise group_error.exceptions[0] from None  # the first refusal has stopped all other calls
     replies = [task.result() for task in tasks]
     if prompts and all(reply is None for reply in replies):
         raise JudgeError(f"the judge at {settings.endpoint} answered none of {len(prompts)} calls")

@@ -34,7 +34,7 @@ class Published:
 def from_data_dir(data_dir: Path, persona_id: str, version: int | None) -> Published:
     """A version, by default the one that serves.
 
-    Raises `PersonaNotFound`, `VersionNotFound`, `NoMaskYet`, `SettingError` where there is no registry, and `MaskError`.
+    Raises `PersonaNotFound`, `VersionNotFound`, `NoMaskYet`, `MaskError`, and `SettingError` without a registry.
     """
     registry_path = data_dir / "registry.sqlite"
     if not registry_path.is_file():

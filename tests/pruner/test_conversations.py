@@ -68,10 +68,10 @@ def test_each_answer_becomes_an_earlier_turn(tiny_base: Base) -> None:
 
 
 def test_a_conversation_ends_where_its_next_turn_would_not_fit(tiny_base: Base) -> None:
-    first = len(render_chat(tiny_base.tokenizer, PROMPT, [ChatMessage("system", "A ship."), ChatMessage("user", "Uno?")]))
-    held = converse(
-        tiny_base, Parrot(), PROMPT, SCRIPTS, num_turns=3, max_tokens=16, context_length=first + 16, seed=0
+    first = len(
+        render_chat(tiny_base.tokenizer, PROMPT, [ChatMessage("system", "A ship."), ChatMessage("user", "Uno?")])
     )
+    held = converse(tiny_base, Parrot(), PROMPT, SCRIPTS, num_turns=3, max_tokens=16, context_length=first + 16, seed=0)
     assert [len(one) for one in held] == [1, 1]
 
 
@@ -84,9 +84,7 @@ def test_a_conversation_ends_with_an_answer_of_nothing_and_the_others_go_on(tiny
 
 
 def test_figures_tell_repetition_of_what_was_said_before(tiny_base: Base) -> None:
-    held = converse(
-        tiny_base, Parrot(), PROMPT, SCRIPTS, num_turns=2, max_tokens=16, context_length=512, seed=0
-    )
+    held = converse(tiny_base, Parrot(), PROMPT, SCRIPTS, num_turns=2, max_tokens=16, context_length=512, seed=0)
     assert free_figures(held, 0) == {"num_conversations": 2, "stop_rate": 0.5, "repetition": 0.0, "echo": 0.0}
     assert free_figures(held, 1)["echo"] == 1.0
 

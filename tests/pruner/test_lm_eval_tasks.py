@@ -29,8 +29,6 @@ def test_continuations_are_scored_as_they_are_alone(tiny_base: Base, tiny_model:
     assert greedy == wanted[1]
     last = tuple(long[-(512 - len(continuation)) :])  # the newest of what fits the context
     assert cut == pytest.approx(brute_force(tiny_model, Candidate(last, tuple(continuation)), None)[0], abs=1e-3)
-    with pytest.raises(SettingError, match="generates text"):
-        scoring.generate_until([])
 
 
 def test_a_missing_harness_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,8 +50,13 @@ def test_tasks_of_the_harness_itself(
         "output_type: multiple_choice\ndoc_to_text: 'Question: {{q}}\\nAnswer:'\ndoc_to_target: gold\n"
         "doc_to_choice: options\nmetric_list:\n  - metric: acc\n  - metric: acc_norm\n"
     )
+    (tmp_path / "written.yaml").write_text(
+        f"task: written\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: gold\n"
+        "metric_list:\n  - metric: exact_match\n"
+    )
     dense, none = masked(tiny_model), masked(tiny_model, torch.zeros(3, 96))
-    tasks = ["ours", "no-such-task", "openbookqa"]
+    tasks = ["ours", "no-such-task", "openbookqa", "written"]
     report = run_tasks(tiny_base, tiny_model, {"dense": dense, "sculpted": none}, tasks, include=tmp_path)
     hits = []
     for row in rows:
@@ -68,5 +71,6 @@ def test_tasks_of_the_harness_itself(
     assert set(report["ours"]["acc_norm"]) == {"dense", "sculpted", "drop"}
     assert "no-such-task" in report["no-such-task"]["unavailable"]
     assert "not reachable" in report["openbookqa"]["unavailable"]  # its data is on the hub, and the tests are offline
+    assert "generates text" in report["written"]["unavailable"]
     lm = task_model(tiny_base, tiny_model, dense)
     assert (lm.rank, lm.world_size) == (0, 1)

@@ -93,7 +93,9 @@ def test_a_whole_evaluation_with_a_judge(run: Run, tmp_path: Path, monkeypatch: 
     assert (report["persona"], report["version"]) == ("mira", 2)
     assert report["discrimination"]["swapped_mask_of"] == "tom"
     rows = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(rows) == len(judge.bodies) - len([row for row in rows if row["part"].startswith("questions/")]) - len(rows)
+    assert len(rows) == len(judge.bodies) - len([row for row in rows if row["part"].startswith("questions/")]) - len(
+        rows
+    )
     assert all(row["in_character"] is not None and row["coherence"] is not None for row in rows)
     assert report["judge"]["in_character"]["num_judged"] == len(rows)
     assert "gap closed" in result.output

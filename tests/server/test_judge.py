@@ -45,17 +45,21 @@ def test_one_number_is_parsed_and_nothing_is_guessed(text: str, score: float | N
 
 
 def test_filling_touches_only_its_own_fields() -> None:
-    assert fill('{question} {answer} {"a": 1} {other}', question="{answer}?", answer="!") == '{answer}? ! {"a": 1} {other}'
+    assert (
+        fill('{question} {answer} {"a": 1} {other}', question="{answer}?", answer="!") == '{answer}? ! {"a": 1} {other}'
+    )
 
 
 def test_scores_come_in_the_order_of_the_prompts_and_several_at_once() -> None:
     def script(prompt: str, number: int) -> tuple[int, str]:
         time.sleep(0.02)
-        return 200, prompt.split()[-1]
+        return 200, prompt.rsplit(maxsplit=1)[-1]
 
     done: list[tuple[int, int]] = []
     with judge_server(script) as server:
-        verdicts = ask(settings(server.url, concurrency=4), [f"say {n}" for n in range(12)], on_done=lambda *n: done.append(n))
+        verdicts = ask(
+            settings(server.url, concurrency=4), [f"say {n}" for n in range(12)], on_done=lambda *n: done.append(n)
+        )
     assert verdicts.scores == tuple(map(float, range(12)))
     assert (verdicts.num_unparsable, verdicts.num_failed) == (0, 0)
     assert 1 < server.most_at_once <= 4

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from masquerade_engine.threads import available_cores
 from masquerade_masks import SettingError
 from masquerade_masks.store import write_json_atomic
 from masquerade_server.cli import options
+from masquerade_server.cli.eval_summary import print_summary
 from masquerade_server.cli.progress import SculptDisplay
 from masquerade_server.logs import quiet_transformers
 from masquerade_server.published import Published, from_data_dir, from_server
@@ -127,7 +126,7 @@ def evaluate(
         if judge_settings is not None:
             _judge(judge_settings, found, appraisal, rows, asked, show)
             _write(folder, report, rows)
-    _summarise(report)
+    print_summary(report)
     for path in [folder / "report.json", folder / "answers.jsonl", *(_plot(found, report, folder) if plots else [])]:
         typer.echo(path)
 
@@ -174,7 +173,7 @@ Show = Callable[[str, int, int], None]
 @contextmanager
 def _display(title: str) -> Iterator[Show]:
     with SculptDisplay(title) as display:
-        yield lambda what, done, total: display.show(what, done, total)
+        yield display.show
 
 
 def _appraise(
@@ -256,9 +255,7 @@ def _plot(found: Published, report: Mapping[str, Any], folder: Path) -> list[Pat
 
     masks = {found.persona_id: found.mask_file.subnetwork.mask}
     base = found.mask_file.subnetwork.base
-    masks |= {
-        name: other.subnetwork.mask for name, other in found.others.items() if other.subnetwork.base == base
-    }
+    masks |= {name: other.subnetwork.mask for name, other in found.others.items() if other.subnetwork.base == base}
     drawn = [plots.plot_kept(found.persona_id, masks, folder / "kept.png")]
     history = found.reports.get(found.version, {}).get("learning")
     if history is not None:
@@ -286,89 +283,3 @@ def _qualities(found: Published, report: Mapping[str, Any]) -> list[Any]:
             sparsity = 1 - one["kept"] / one["intermediate_size"]
             qualities.append(VersionQuality(number, sparsity, figures["kl"], rival))
     return qualities
-
-
-# --- the summary
-
-
-def _summarise(report: Mapping[str, Any]) -> None:
-    console = Console(highlight=False)
-    console.print(
-        f"{report['persona']}, version {report['version']}: {report['kept']} of {report['intermediate_size']} neurons "
-        f"a layer, recovery {report['recovery']}",
-        markup=False,
-    )
-    if not report["learned_under_this_prompt"]:
-        console.print("Its mask was learned under another text than it is served with now.")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("figure")
-    for column in ("sculpted", "beside", "difference"):
-        table.add_column(column, justify="right")
-    for row in _rows(report):
-        table.add_row(*row)
-    console.print(table)
-    for task, found in report.get("capability", {}).get("lm_eval", {}).items():
-        if "unavailable" in found:
-            console.print(f"{task}: {found['unavailable']}", markup=False)
-
-
-Row = tuple[str, str, str, str]
-
-
-def _rows(report: Mapping[str, Any]) -> Iterator[Row]:
-    for context in ("one_turn", "with_scene"):
-        if context in report:
-            yield from _fidelity_rows(context, report[context], report["strongest_baseline"])
-    found = report.get("discrimination", {})
-    for name in ("dense_with_prompt", "dense_without_prompt", "swapped_mask"):
-        if name in found:
-            ours, other = found["sculpted"]["top1"], found[name]["top1"]
-            yield f"knows its own answer of {found['num_candidates']}", _mean(ours), f"{_mean(other)} {name}", ""
-    for context in ("plain", "in_persona"):
-        if found := report.get("capability", {}).get(context):
-            yield f"multiple choice, {context}", _mean(found["sculpted"]), f"{_mean(found['dense'])} dense", _drop(found)
-    for task, metrics in report.get("capability", {}).get("lm_eval", {}).items():
-        for metric, found in ((name, value) for name, value in metrics.items() if isinstance(value, dict)):
-            yield f"{task}: {metric}", _mean(found["sculpted"]), f"{_mean(found['dense'])} dense", _drop(found)
-    for context in ("one_turn", "with_scene"):
-        if found := report.get("questions", {}).get(context):
-            yield f"questions, {context}: KL", _span(found["kl"]), "", ""
-            yield from _free_rows(f"questions, {context}", found["free_running"])
-    for turn in report.get("conversations", {}).get("turns", ()):
-        of_dense, of_sculpted = turn["dense_nll_of_dense"], turn["dense_nll_of_sculpted"]
-        yield f"turn {turn['turn']}: KL", _span(turn["kl"]), "", ""
-        yield f"turn {turn['turn']}: NLL of its answers", _mean(of_sculpted), f"{_mean(of_dense)} dense", ""
-    for criterion in ("in_character", "coherence", "eval_prompt"):
-        for part, found in report.get("judge", {}).get(criterion, {}).items():
-            if isinstance(found, dict):
-                dense = f"{_mean(found['dense'])} dense"
-                yield f"judge, {criterion}, {part}", _mean(found["sculpted"]), dense, _span(found["difference"])
-
-
-def _fidelity_rows(context: str, found: Mapping[str, Any], rival: str) -> Iterator[Row]:
-    figures = found["all"]
-    beside = f"{_mean(figures['baseline_kl'][rival])} {rival}"
-    yield f"{context}: KL to dense", _span(figures["kl"]), beside, f"gap closed {_span(figures['gap_closed'])}"
-    yield f"{context}: top-1 agreement", _span(figures["top1_agreement"]), "", ""
-    yield from _free_rows(context, found["free_running"])
-
-
-def _free_rows(context: str, found: Mapping[str, Any]) -> Iterator[Row]:
-    if found["num_questions"]:
-        of_dense, of_sculpted = found["dense_nll_of_dense"], found["dense_nll_of_sculpted"]
-        yield f"{context}: dense NLL of its answers", _mean(of_sculpted), f"{_mean(of_dense)} dense", ""
-        for name in ("stop_rate", "repetition"):
-            values = found[name]
-            yield f"{context}: {name}", f"{values['sculpted']:.3f}", f"{values['dense']:.3f} dense", ""
-
-
-def _mean(interval: Mapping[str, float]) -> str:
-    return f"{interval['mean']:.3f}"
-
-
-def _span(interval: Mapping[str, float]) -> str:
-    return f"{interval['mean']:.3f} ({interval['low']:.3f} to {interval['high']:.3f})"
-
-
-def _drop(found: Mapping[str, Any]) -> str:
-    return f"drop {_span(found['drop'])}"
