@@ -62,7 +62,18 @@ def process(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["serve"], ["sculpt"], ["chat"], ["personas"], ["personas", "create"], ["export"], ["eval"], ["doctor"], ["bench"]],
+    [
+        [],
+        ["serve"],
+        ["sculpt"],
+        ["chat"],
+        ["personas"],
+        ["personas", "create"],
+        ["export"],
+        ["eval"],
+        ["doctor"],
+        ["bench"],
+    ],
 )
 def test_every_command_explains_itself(run: Run, command: list[str]) -> None:
     result = run(*command, "--help")
