@@ -15,22 +15,19 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from machine import machine
+from sculpts import personas, sculpted
 
 from masquerade_engine.base import load_base
 from masquerade_engine.threads import available_cores
 from masquerade_masks import MaskFile, MaskHeader, mask_file, utc_now
-from masquerade_pruner import Progress, SculptResult, SculptSpec, sculpt
+from masquerade_pruner import SculptResult, SculptSpec
 from masquerade_pruner.bootstrap import gap_closed
-
-Personas = list[tuple[str, str, str]]  # id, name, text
 
 
 def main() -> None:
@@ -39,19 +36,10 @@ def main() -> None:
     torch.set_num_threads(available_cores())
     base = load_base(cache_dir=options.workdir / "cache")
     results: dict[tuple[str, float], SculptResult] = {}
-    for persona_id, name, text in _personas(options.personas):
+    for persona_id, name, text in personas(options.personas):
         for sparsity in options.sparsity:
             spec = SculptSpec(persona_id, name, text, sparsity=sparsity, preset=options.preset)
-            began = time.monotonic()
-            result = sculpt(
-                spec,
-                base,
-                options.workdir / f"{persona_id}-{sparsity}",
-                answers_dir=options.workdir / f"{persona_id}-answers",
-                cache_dir=options.workdir / "cache",
-                progress=_show(persona_id, sparsity),
-            )
-            print(f"{persona_id} at {sparsity}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            result = sculpted(spec, base, options.workdir)
             results[persona_id, sparsity] = result
             _keep(options.workdir / "masks", spec, result)
     table = _table(results, options.sparsity)
@@ -70,36 +58,10 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _personas(wanted: list[str]) -> Personas:
-    """Text files, ids of ready personas, or nothing for all of these."""
-    listing = (resources.files("masquerade_pruner") / "data" / "ready.json").read_text("utf-8")
-    ready = {row["id"]: (row["id"], row["name"], row["text"]) for row in json.loads(listing)}
-    return [ready[one] if one in ready else _from_file(Path(one)) for one in wanted or ready]
-
-
-def _from_file(file: Path) -> tuple[str, str, str]:
-    return file.stem, file.stem.replace("-", " ").title(), file.read_text("utf-8").strip()
-
-
-def _show(persona_id: str, sparsity: float) -> Any:
-    shown = [0.0]
-
-    def show(news: Progress) -> None:
-        if time.monotonic() - shown[0] > 20 or news.completed == news.total:
-            shown[0] = time.monotonic()
-            print(
-                f"{persona_id} {sparsity} {news.stage} {news.completed}/{news.total} eta {news.eta_s} loss {news.loss}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    return show
-
-
 def _keep(folder: Path, spec: SculptSpec, result: SculptResult) -> None:
     """Mask and report, in the form that the ready personas ship in."""
     folder.mkdir(parents=True, exist_ok=True)
-    header = MaskHeader(spec.persona_id, 1, "none", result.prompt_sha256, result.settings, utc_now())
+    header = MaskHeader(spec.persona_id, 1, result.recovery, result.prompt_sha256, result.settings, utc_now())
     name = f"{spec.persona_id}-{spec.sparsity}"
     mask_file.write(folder / f"{name}.safetensors", MaskFile(result.subnetwork, header))
     (folder / f"{name}.report.json").write_text(json.dumps(result.report, indent=1, ensure_ascii=False), "utf-8")

@@ -199,10 +199,12 @@ async def _chat(world: World, one: Inhabitant) -> None:
     leave_after = rng.randrange(1, num_tokens) if rng.random() < _LEAVE_SHARE else None
     async with world.client.chat.stream(one.id, _messages(world, next(world.numbers)), **sampling) as stream:
         if leave_after is not None:
-            for _ in range(leave_after):
-                await anext(stream)
-            world.counts["clients that left"] += 1
-            return
+            num_chunks = 0
+            async for _ in stream:  # some tokens have no text, so there may be fewer chunks than tokens
+                num_chunks += 1
+                if num_chunks == leave_after:
+                    world.counts["clients that left"] += 1
+                    return
         _check_reply(world, one, await stream.result(), num_tokens)
     world.counts["chats"] += 1
 

@@ -11,6 +11,11 @@ from torch.nn import functional as F
 # oneDNN chooses the layout for this many rows. Hints of 16 to 64 gave the same layout on AVX512-BF16 (one
 # thread, 3072x576: 0.23 ms at 16 rows, 0.61 at 64); without a hint it packs for one row and is slower from 8 up.
 _ROW_HINT = 32
+# oneDNN compiles a kernel for every pair of weight shape and number of rows, which takes 0.5 to 1 ms and 0.5 MB.
+# It keeps 1,024; a busy world wanted more (600 MB, and memory in splinters). So beyond the numbers that decoding stays
+# at, rows are counted in these steps; what is missing is padding.
+_EXACT_ROWS = 16
+_ROW_STEPS = ((64, 8), (256, 16), (1 << 62, 32))  # up to so many rows, in multiples of
 _ZERO_POINT = 128  # of int8 activations: oneDNN's fast kernels take them unsigned
 
 
@@ -37,13 +42,13 @@ class PackedLinear(nn.Module):
         self._bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in_features]` to `[..., out_features]`; `x` has the weight's dtype."""
+        """`[num_rows, in_features]` to `[num_rows, out_features]`; `x` has the weight's dtype."""
         assert x.dtype == self.dtype, f"a {self.dtype} linear was given {x.dtype}"
         if self.packed:
             # The overload by name: choosing one takes 3 us of a call's 18.
             linear = torch.ops.mkldnn._linear_pointwise.default
-            output: torch.Tensor = linear(x, self._weight, self._bias, "none", [], "")
-            return output
+            output: torch.Tensor = linear(_padded(x), self._weight, self._bias, "none", [], "")
+            return output[: len(x)]
         return F.linear(x, self._weight, self._bias)
 
 
@@ -79,7 +84,7 @@ class Int8Linear(nn.Module):
         scales = torch.empty(num_rows)
         self._loops.quantise(num_rows, self.in_features, x.data_ptr(), quantised.data_ptr(), scales.data_ptr())
         products: torch.Tensor = torch.ops.onednn.qlinear_pointwise.default(
-            quantised, 1.0, _ZERO_POINT, self._weight, self._scales, self._zero_points, None,
+            _padded(quantised), 1.0, _ZERO_POINT, self._weight, self._scales, self._zero_points, None,
             1.0, 0, self.dtype, "none", [], "",
         )  # fmt: skip
         output = x.new_empty(num_rows, self.out_features)
@@ -96,6 +101,20 @@ Linear = PackedLinear | Int8Linear
 def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, int8: bool = False) -> Linear:
     """`weight` `[out_features, in_features]` and `bias` `[out_features]`, laid out for the weight's device."""
     return Int8Linear(weight, bias) if int8 else PackedLinear(weight, bias)
+
+
+def _padded(x: torch.Tensor) -> torch.Tensor:
+    """`x` `[num_rows, in_features]` with rows of zeros up to the next number of rows that kernels are compiled for."""
+    extra = padded_rows(len(x)) - len(x)
+    return F.pad(x, (0, 0, 0, extra)) if extra else x
+
+
+def padded_rows(num_rows: int) -> int:
+    """How many rows are computed for so many."""
+    if num_rows <= _EXACT_ROWS:
+        return num_rows
+    step = next(step for most, step in _ROW_STEPS if num_rows <= most)
+    return -(-num_rows // step) * step
 
 
 @functools.cache

@@ -15,6 +15,10 @@ from masquerade_masks import SubNetwork
 
 FloatArray = npt.NDArray[np.float32]
 
+# A cast's union counts its neurons in so many steps to all, so that its layers share a few shapes: a kernel is compiled
+# for each.
+_UNION_STEPS = 24
+
 
 @dataclass(frozen=True, slots=True)
 class FFNLayer:
@@ -119,10 +123,22 @@ def member_pack(
 
 
 def union_neurons(members: Sequence[SubNetwork]) -> list[npt.NDArray[np.int64]]:
-    """The neurons that any member keeps, ascending: int64 `[|U|]` a layer."""
+    """The neurons of the members' pack, ascending: int64 `[|U|]` a layer.
+
+    Those that any member keeps; of a cast, with a few that none does up to a whole number of steps.
+    """
     union = np.bitwise_or.reduce([member.mask.bits for member in members])
     flags = np.unpackbits(union, axis=1, bitorder="little", count=members[0].shape.intermediate_size)
+    if len(members) > 1:
+        flags = np.stack([_rounded_up(layer) for layer in flags])
     return [np.flatnonzero(layer).astype(np.int64) for layer in flags]
+
+
+def _rounded_up(flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """A layer's flags `[intermediate]` with the first of the unset ones set, up to a whole number of steps."""
+    step = -(-len(flags) // _UNION_STEPS)
+    wanted = -int(flags.sum()) % step
+    return np.where(np.cumsum(flags == 0) <= wanted, np.uint8(1), flags)
 
 
 def pack_bytes(members: Sequence[SubNetwork], form: PackFormat) -> int:

@@ -16,7 +16,7 @@ MasqueradeError
 ├── JobNotFound, JobConflict
 ├── StorageFull             the disk is full
 ├── QueueFull, ContextTooLong, EngineStopped        raised by the engine
-└── SculptCancelled, TeacherError                   raised by the pruner
+└── SculptCancelled, TeacherError, InsufficientMemory       raised by the pruner
 
 `args` holds the constructor's arguments, so every error survives pickling between processes.
 """
@@ -272,3 +272,19 @@ class TeacherError(MasqueradeError):
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.message = message
+
+
+class InsufficientMemory(MasqueradeError):
+    """A sculpt that the device cannot hold, refused before it starts."""
+
+    def __init__(self, device: str, needed_bytes: int, available_bytes: int, advice: str) -> None:
+        super().__init__(device, needed_bytes, available_bytes, advice)
+        self.device = device
+        self.needed_bytes = needed_bytes
+        self.available_bytes = available_bytes
+        self.advice = advice
+
+    def __str__(self) -> str:
+        needed, free = self.needed_bytes / 1e9, self.available_bytes / 1e9
+        where = f"this device ({self.device})"
+        return f"this sculpt needs about {needed:.1f} GB, {where} has {free:.1f} GB free; {self.advice}"

@@ -1,8 +1,19 @@
 """The pruner: from persona text to a learned mask with its report."""
 
 from masquerade_pruner.estimate import estimate
+from masquerade_pruner.plan import Execution, Plan
 from masquerade_pruner.presets import PRESETS, SculptSettings, SculptSpec
 from masquerade_pruner.progress import Progress
 from masquerade_pruner.sculpt import SculptResult, sculpt
 
-__all__ = ["PRESETS", "Progress", "SculptResult", "SculptSettings", "SculptSpec", "estimate", "sculpt"]
+__all__ = [
+    "PRESETS",
+    "Execution",
+    "Plan",
+    "Progress",
+    "SculptResult",
+    "SculptSettings",
+    "SculptSpec",
+    "estimate",
+    "sculpt",
+]

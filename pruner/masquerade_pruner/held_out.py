@@ -70,7 +70,8 @@ class HeldOut:
 
     def _in_order(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
         values = torch.cat(list(batches))
-        return torch.empty_like(values).index_copy_(0, torch.tensor(self._order), values)
+        order = torch.tensor(self._order, device=values.device)
+        return torch.empty_like(values).index_copy_(0, order, values)
 
 
 def mean_by_owner(values: torch.Tensor, planted: Planted) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from masquerade_engine.seams import persona_ffns
 from masquerade_pruner.examples import Example
 from masquerade_pruner.losses import chunked_cross_entropy
-from masquerade_pruner.mask_learning import plant_examples
+from masquerade_pruner.mask_learning import plant_examples, plant_micro_batches
 from masquerade_pruner.tree import ActivationWatch, TreeContext, head_weight, run_tree
 
 
@@ -20,13 +20,18 @@ def activation_importance(model: torch.nn.Module, examples: Sequence[Example], *
     projection: Wanda's |W| * ||x|| (arXiv 2306.11695) over what dropping the neuron removes.
     """
     down = down_weights(model)
-    watch = ActivationWatch(len(down), down[0].shape[1])
-    with torch.no_grad():
-        for start in range(0, len(examples), batch):
-            tree = plant_examples(examples[start : start + batch], model).tree
-            run_tree(model, tree, TreeContext(tree, watch=watch))
-    columns = torch.stack([weight.float().norm(dim=0).cpu() for weight in down])
-    return (watch.squares / max(1, watch.num_tokens)).sqrt() * columns
+    watch = ActivationWatch(len(down), down[0].shape[1], down[0].device)
+    observe(model, examples, watch, batch=batch)
+    columns = torch.stack([weight.float().norm(dim=0) for weight in down])
+    return ((watch.squares / max(1, watch.num_tokens)).sqrt() * columns).cpu()
+
+
+@torch.no_grad()
+def observe(model: torch.nn.Module, examples: Sequence[Example], watch: ActivationWatch, *, batch: int = 16) -> None:
+    """Let `watch` see the dense base's activations at all tokens; the shared prompt counts once a batch."""
+    for start in range(0, len(examples), batch):
+        tree = plant_examples(examples[start : start + batch], model).tree
+        run_tree(model, tree, TreeContext(tree, watch=watch))
 
 
 def fisher_importance(
@@ -34,26 +39,29 @@ def fisher_importance(
     examples: Sequence[Example],
     *,
     batch: int = 4,
+    micro_batch: int | None = None,
+    checkpointing: bool = False,
     between: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """Fisher importance, `[layers, intermediate]`: the mean squared gradient of cross-entropy in each neuron's mask.
 
     Gradients are taken per group of `batch` branches at mask = 1 and squared; smaller groups are closer to the
-    per-example definition and slower.
+    per-example definition and slower. `micro_batch` splits a group as `MaskLearner.step` splits a step.
     """
     down = down_weights(model)
-    shape = (len(down), down[0].shape[1])
-    total = torch.zeros(shape)
+    mask = torch.ones(len(down), down[0].shape[1], device=down[0].device, requires_grad=True)
+    total = torch.zeros_like(mask)
     groups = range(0, len(examples), batch)
     for start in groups:
-        planted = plant_examples(examples[start : start + batch], model)
-        mask = torch.ones(shape, requires_grad=True)
-        states = run_tree(model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
-        loss = chunked_cross_entropy(states, head_weight(model), planted.targets, planted.weights)
-        (grad,) = torch.autograd.grad(loss, mask)
-        total += grad.square()
+        for planted in plant_micro_batches(examples[start : start + batch], model, micro_batch):
+            context = TreeContext(planted.tree, mask)
+            states = run_tree(model, planted.tree, context, checkpointing=checkpointing)[planted.rows]
+            torch.autograd.backward(chunked_cross_entropy(states, head_weight(model), planted.targets, planted.weights))
+        assert mask.grad is not None
+        total += mask.grad.square()
+        mask.grad = None
         between()
-    return total / len(groups)
+    return (total / len(groups)).cpu()
 
 
 def averaged_ranks(*importances: torch.Tensor) -> torch.Tensor:

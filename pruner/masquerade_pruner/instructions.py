@@ -125,6 +125,13 @@ def _split(instructions: Iterable[Instruction]) -> InstructionSet:
     return InstructionSet(*(tuple(by_split[split]) for split in ("train", "validation", "test")))
 
 
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """`count` of them, evenly over a list that is in topic order."""
+    if count >= len(items):
+        return list(items)
+    return [items[index * len(items) // count] for index in range(count)]
+
+
 def without_near_duplicates(instructions: Sequence[Instruction]) -> list[Instruction]:
     """Drop each question whose word pairs overlap an earlier one's by `NEAR_DUPLICATE` or more."""
     kept: list[Instruction] = []

@@ -29,14 +29,14 @@ def chunked_kl(
     weights: torch.Tensor,  # [rows] fp32, summing to 1
 ) -> torch.Tensor:
     """Weighted sum of per-token KL(teacher ‖ student) in nats, differentiable in `student`."""
-    grad, total = torch.empty_like(student), torch.zeros(())
+    grad, total = torch.empty_like(student), torch.zeros((), device=student.device)
     with torch.no_grad():
         for start in range(0, student.shape[0], ROWS):
             rows = slice(start, start + ROWS)
             target = F.linear(teacher[rows], head).float().log_softmax(-1)
             predicted = F.linear(student[rows], head).float().log_softmax(-1)
             probabilities = target.exp()
-            total += ((probabilities * (target - predicted)).sum(-1) * weights[rows]).sum().cpu()
+            total += ((probabilities * (target - predicted)).sum(-1) * weights[rows]).sum()
             difference = predicted.exp_().sub_(probabilities).mul_(weights[rows, None])
             grad[rows] = difference.to(head.dtype) @ head
     loss: torch.Tensor = _Precomputed.apply(student, total, grad)  # type: ignore[no-untyped-call]
@@ -50,12 +50,12 @@ def chunked_cross_entropy(
     weights: torch.Tensor,  # [rows] fp32, summing to 1
 ) -> torch.Tensor:
     """Weighted sum of -log p(target) in nats, differentiable in `student`."""
-    grad, total = torch.empty_like(student), torch.zeros(())
+    grad, total = torch.empty_like(student), torch.zeros((), device=student.device)
     with torch.no_grad():
         for start in range(0, student.shape[0], ROWS):
             rows = slice(start, start + ROWS)
             predicted = F.linear(student[rows], head).float().log_softmax(-1)
-            total -= (predicted.gather(1, targets[rows, None]).squeeze(1) * weights[rows]).sum().cpu()
+            total -= (predicted.gather(1, targets[rows, None]).squeeze(1) * weights[rows]).sum()
             difference = predicted.exp_()
             difference.scatter_add_(1, targets[rows, None], torch.full_like(difference[:, :1], -1.0))
             grad[rows] = difference.mul_(weights[rows, None]).to(head.dtype) @ head

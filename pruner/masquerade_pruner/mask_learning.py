@@ -7,7 +7,7 @@ mask is taken for the identity, so z receives the mask's gradient (Persona-Prune
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,26 +27,38 @@ class Planted:
     tree: Tree
     rows: torch.Tensor  # [supervised]: positions in the packed row whose next token is an answer token
     targets: torch.Tensor  # [supervised]
-    weights: torch.Tensor  # [supervised] fp32: each example counts the same, and so does each of its tokens
+    weights: torch.Tensor  # [supervised] fp32: each example counts the same, and so does each of its tokens; of a
+    # whole step they sum to 1, of a micro-batch to its share
     owners: torch.Tensor  # [supervised]: index of the example
     num_examples: int
 
 
-def plant_examples(examples: Sequence[Continuation], model: torch.nn.Module) -> Planted:
-    """Pack examples of one persona around their shared prompt."""
+def plant_examples(
+    examples: Sequence[Continuation], model: torch.nn.Module, *, of: int | None = None, question_share: float = 0.0
+) -> Planted:
+    """Pack examples of one persona around their shared prompt; they are some `of` a step's, by default all of it.
+
+    Of an example's weight its answer's tokens have 1 - `question_share`; the tokens of its own that come before (scene,
+    earlier turns, question) share the rest, with the next token of the text as target.
+    """
     head = head_weight(model)
     device = head.device
     # Each branch keeps its prompt's last token: that row predicts its answer's first.
     longest_prefix = min(len(one.prompt) for one in examples) - 1
     tree = plant([(*one.prompt, *one.answer) for one in examples], device, head.dtype, longest_prefix)
     rows, targets, weights, owners = [], [], [], []
+    last = tree.last.tolist()
     for index, one in enumerate(examples):
-        end = int(tree.last[index])  # the answer's last token predicts nothing that is supervised
+        end = last[index]  # the answer's last token predicts nothing that is supervised
         count = len(one.answer)
-        rows.append(torch.arange(end - count, end))
-        targets.append(torch.tensor(one.answer))
-        weights.append(torch.full((count,), 1.0 / (count * len(examples))))
-        owners.append(torch.full((count,), index))
+        # The branch's tokens before the answer, but for its first, which the shared prefix predicts.
+        before = max(0, len(one.prompt) - tree.num_prefix - 1) if question_share else 0
+        share = question_share if before else 0.0
+        rows.append(torch.arange(end - count - before, end))
+        targets.append(torch.tensor([*one.prompt[len(one.prompt) - before :], *one.answer]))
+        weights.append(torch.full((before,), share / (max(1, before) * (of or len(examples)))))
+        weights.append(torch.full((count,), (1.0 - share) / (count * (of or len(examples)))))
+        owners.append(torch.full((before + count,), index))
     return Planted(
         tree,
         rows=torch.cat(rows).to(device),
@@ -55,6 +67,18 @@ def plant_examples(examples: Sequence[Continuation], model: torch.nn.Module) -> 
         owners=torch.cat(owners).to(device),
         num_examples=len(examples),
     )
+
+
+def plant_micro_batches(
+    examples: Sequence[Example], model: torch.nn.Module, micro_batch: int | None, *, question_share: float = 0.0
+) -> Iterator[Planted]:
+    """One step's examples in trees of at most `micro_batch` branches (None: one tree), each with the shared prompt.
+
+    The losses of all, and so their gradients, add up to the whole step's.
+    """
+    size = micro_batch or len(examples)
+    for start in range(0, len(examples), size):
+        yield plant_examples(examples[start : start + size], model, of=len(examples), question_share=question_share)
 
 
 def top_k_mask(scores: torch.Tensor, kept: int) -> torch.Tensor:
@@ -73,6 +97,12 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+def straight_through(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """`top_k_mask`, whose gradient reaches the scores as if it were they."""
+    mask: torch.Tensor = _StraightThrough.apply(scores, kept)  # type: ignore[no-untyped-call]
+    return mask
+
+
 class MaskLearner:
     """Scores, their optimiser and one training step; state is saved and restored whole."""
 
@@ -85,37 +115,55 @@ class MaskLearner:
         steps: int,
         learning_rate: float,
         loss: Loss = "kl",
+        question_share: float = 0.0,
+        pull: torch.Tensor | None = None,  # [layers, intermediate], added to the scores where neurons are chosen
+        micro_batch: int | None = None,  # branches a pass; None: all of a step
+        checkpointing: bool = False,
     ) -> None:
-        self.scores = initial_scores.detach().clone().float().requires_grad_()
+        # Beside the model, whatever device the scores come from.
+        self.scores = initial_scores.detach().to(head_weight(model).device, torch.float32, copy=True).requires_grad_()
         self.step_number = 0
         self._model = model
         self._kept = kept
         self._loss = loss
+        self._question_share = question_share
+        self._pull = torch.zeros_like(self.scores) if pull is None else pull.to(self.scores.device)
+        self._micro_batch = micro_batch
+        self._checkpointing = checkpointing
         self._optimizer = torch.optim.Adam([self.scores], lr=learning_rate)
         self._learning_rate = learning_rate
         self._steps = steps
 
     def mask(self) -> torch.Tensor:
         """The current 0/1 mask, `[layers, intermediate]` fp32."""
-        return top_k_mask(self.scores.detach(), self._kept)
+        return top_k_mask(self.scores.detach() + self._pull, self._kept)
+
+    def training_mask(self) -> torch.Tensor:
+        """What a step masks with, `[layers, intermediate]`, differentiable in the scores."""
+        return straight_through(self.scores + self._pull, self._kept)
 
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""
-        planted = plant_examples(examples, self._model)
-        mask = _StraightThrough.apply(self.scores, self._kept)  # type: ignore[no-untyped-call]
-        states = run_tree(self._model, planted.tree, TreeContext(planted.tree, mask))[planted.rows]
-        head = head_weight(self._model)
-        if self._loss == "kl":
-            loss = chunked_kl(states, dense_states(self._model, planted), head, planted.weights)
-        else:
-            loss = chunked_cross_entropy(states, head, planted.targets, planted.weights)
         self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        total = 0.0
+        for planted in self._micro_batches(examples):
+            loss = self._loss_of(planted)
+            torch.autograd.backward(loss)
+            total += float(loss.detach())
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * warm_cosine(self.step_number, self._steps)
         self._optimizer.step()
         self.step_number += 1
-        return float(loss.detach())
+        return total
+
+    def _micro_batches(self, examples: Sequence[Example]) -> Iterator[Planted]:
+        return plant_micro_batches(examples, self._model, self._micro_batch, question_share=self._question_share)
+
+    def _loss_of(self, planted: Planted) -> torch.Tensor:
+        """The share of the step's loss that the planted examples have."""
+        context = TreeContext(planted.tree, self.training_mask())
+        states = run_tree(self._model, planted.tree, context, checkpointing=self._checkpointing)[planted.rows]
+        return answer_loss(self._model, planted, states, self._loss)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything a resumed learner needs, as tensors."""
@@ -131,8 +179,7 @@ class MaskLearner:
         if "exp_avg" in state:
             self._optimizer.state[self.scores] = {
                 "step": torch.tensor(float(self.step_number)),
-                "exp_avg": state["exp_avg"].clone(),
-                "exp_avg_sq": state["exp_avg_sq"].clone(),
+                **{key: state[key].to(self.scores.device, copy=True) for key in ("exp_avg", "exp_avg_sq")},
             }
 
 
@@ -149,3 +196,11 @@ def warm_cosine(step: int, steps: int) -> float:
 def dense_states(model: torch.nn.Module, planted: Planted) -> torch.Tensor:
     """The dense base's final states at the supervised rows, `[supervised, hidden]`."""
     return run_tree(model, planted.tree, TreeContext(planted.tree))[planted.rows]
+
+
+def answer_loss(model: torch.nn.Module, planted: Planted, states: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """The loss in nats a token of a changed base's final states at the supervised rows, differentiable in them."""
+    head = head_weight(model)
+    if loss == "kl":
+        return chunked_kl(states, dense_states(model, planted), head, planted.weights)
+    return chunked_cross_entropy(states, head, planted.targets, planted.weights)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from masquerade_masks import SettingError
 from masquerade_pruner.mask_learning import Loss
+from masquerade_pruner.recovery import Recovery, RecoverySettings
 
 Preset = Literal["smoke", "default", "thorough"]
+Start = Literal["prior", "importance"]
 
 MAX_SPARSITY = 0.9
 MAX_TEXT_BYTES = 16_384
-RECOVERIES = ("none",)
+RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 TEACHERS = ("base",)
 
 
@@ -31,12 +33,16 @@ class SculptSettings:
     steps: int = 48
     learning_rate: float = 0.012
     loss: Loss = "kl"
+    start: Start = "prior"  # what scores start from; `importance` too where the base has no prior
+    question_share: float = 0.0  # of an example's weight, for the tokens before its answer
+    cast_pull: float = 0.1  # added to a neuron's score, times the share of the cast's masks that keep it
     num_importance: int = 64  # examples that the initial scores are taken from
     num_validation: int = 48
     num_test: int = 150
     num_test_scenes: int = 32
     num_free_running: int = 48
     validate_every: int = 12
+    recovery: RecoverySettings = field(default_factory=RecoverySettings)
 
     @property
     def branches(self) -> int:
@@ -55,9 +61,16 @@ PRESETS: dict[str, SculptSettings] = {
         num_test_scenes=4,
         num_free_running=4,
         validate_every=3,
+        recovery=RecoverySettings(steps=4, validate_every=2, num_means=16),
     ),
     "default": SculptSettings(),
-    "thorough": SculptSettings(samples_per_question=16, steps=240, num_importance=128, validate_every=24),
+    "thorough": SculptSettings(
+        samples_per_question=16,
+        steps=240,
+        num_importance=128,
+        validate_every=24,
+        recovery=RecoverySettings(steps=120, validate_every=24, num_means=128),
+    ),
 }
 
 
@@ -71,7 +84,7 @@ class SculptSpec:
     sparsity: float = 0.25  # of the FFN neurons of every layer, dropped
     preset: str = "default"
     seed: int = 0
-    recovery: str = "none"
+    recovery: Recovery = "none"
     teacher: str = "base"
     instructions: Path | None = None
 
@@ -104,6 +117,7 @@ class SculptSpec:
             "teacher": self.teacher,
             "instructions_sha256": instructions_digest,
             **asdict(settings),
+            "recovery": {"kind": self.recovery} | (asdict(settings.recovery) if self.recovery != "none" else {}),
         }
 
 
@@ -111,7 +125,8 @@ def shortened(settings: SculptSettings, num_train: int) -> SculptSettings:
     """Settings for a small instruction set: no more steps than its samples can feed three times over."""
     selected = max(1, round(settings.keep_fraction * num_train))
     most = max(1, 3 * selected * settings.samples_per_question // settings.branches_per_step)
-    return replace(settings, steps=min(settings.steps, most))
+    recovery = replace(settings.recovery, steps=min(settings.recovery.steps, most))
+    return replace(settings, steps=min(settings.steps, most), recovery=recovery)
 
 
 def _one_of(field: str, value: str, allowed: tuple[str, ...]) -> None:

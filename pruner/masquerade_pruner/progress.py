@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from masquerade_masks import SculptCancelled
 
-# Share of a default sculpt's time by stage, measured on two cores with the bundled model.
-STAGES = {"select": 0.03, "answer": 0.30, "learn": 0.52, "evaluate": 0.15}
+# Time of a default sculpt by stage, measured on two cores with the bundled model; 1 is a sculpt without recovery.
+STAGES = {"select": 0.03, "answer": 0.30, "learn": 0.52, "recover": 0.26, "evaluate": 0.15}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,9 @@ class Reporter:
         on_progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
         add_seconds: Callable[[str, float], None],
+        shares: Mapping[str, float] = STAGES,  # of the job's time, by stage in their order, in any unit
     ) -> None:
+        self._shares = {name: share / sum(shares.values()) for name, share in shares.items()}
         self._on_progress = on_progress
         self._cancelled = cancelled
         self._add_seconds = add_seconds
@@ -64,9 +66,9 @@ class Reporter:
             raise SculptCancelled()
 
     def _eta(self, done: float) -> float | None:
-        names = list(STAGES)
-        before = sum(STAGES[name] for name in names[: names.index(self._stage)])
-        share = before + STAGES[self._stage] * done
+        names = list(self._shares)
+        before = sum(self._shares[name] for name in names[: names.index(self._stage)])
+        share = before + self._shares[self._stage] * done
         if self._first_share is None:
             self._first_share = share
         elapsed, gained = time.monotonic() - self._started, share - self._first_share

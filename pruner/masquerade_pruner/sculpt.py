@@ -1,52 +1,56 @@
-"""The sculptor: select -> answer -> learn -> evaluate, each stage checkpointed; publishing is the caller's.
-
-Recovery will stand between learn and evaluate; `recovery="none"` is all that there is so far.
-"""
+"""The sculptor: select, answer, learn, recover, evaluate, each stage checkpointed; publishing is the caller's."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from masquerade_engine.base import Base
+from masquerade_engine.device_memory import give_memory_back
 from masquerade_engine.engine import Engine
+from masquerade_engine.kv_cache import KVGeometry, slots_are_lazy
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
 from masquerade_engine.requests import PersonaFunction
 from masquerade_engine.settings import EngineSettings
-from masquerade_masks import Mask, SubNetwork, round_kept
+from masquerade_masks import InsufficientMemory, Mask, SubNetwork, round_kept
 from masquerade_pruner import evaluation, synthesis
+from masquerade_pruner.changes import Change
+from masquerade_pruner.epochs import Epochs
+from masquerade_pruner.estimate import describe, plan_for
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
-from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions
+from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
 from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
+from masquerade_pruner.plan import Execution, Plan
 from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
-from masquerade_pruner.progress import Progress, Reporter
+from masquerade_pruner.prior import prior_of
+from masquerade_pruner.progress import STAGES, Progress, Reporter
+from masquerade_pruner.recovery import Recovered, Recovery, recover
 from masquerade_pruner.sensitivity import persona_units, reference_pass, select
 from masquerade_pruner.teacher import SelfTeacher
-from masquerade_pruner.tree import masked
+from masquerade_pruner.tree import Forward, masked
 from masquerade_pruner.workdir import Workdir
 
-ANSWER_STREAMS = 64  # answers written at once; the engine's tokens a second still grow from 32 to 64 streams
 SAVE_ANSWERS_EVERY = 64  # answers between two checkpoints of the answer stage
 SAVE_STEPS_EVERY = 10  # learning steps between two checkpoints
 
 Scored = tuple[Instruction, float]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class SculptResult:
     """All that publishing needs."""
 
-    subnetwork: SubNetwork
+    subnetwork: SubNetwork  # with gains and biases, where recovery made any
+    recovery: Recovery  # what the sub-network has; `none` as well where nothing was better than the mask by itself
+    attached: dict[str, Any] | None  # `kind`, `tensors` by name, `alpha` and `rank`, where recovery made weights
     settings: dict[str, Any]
     system_prompt: str
     prompt_sha256: str
@@ -85,22 +89,29 @@ def sculpt(
     *,
     cache_dir: Path,
     answers_dir: Path | None = None,
+    cast: Sequence[Mask] = (),
+    execution: Execution | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> SculptResult:
     """Learn the sub-network of `base` that the persona needs.
 
     `workdir` holds the stages' checkpoints: the same spec in the same directory goes on where it was. `cache_dir` holds
-    what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`.
-    Raises `SculptCancelled`, and `SettingError` for an unusable instruction set.
+    what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`. Towards the
+    neurons that the masks of its `cast` keep, this one is pulled. `execution` says how it may run; by default the
+    fastest way that fits the device's memory is taken.
+    Raises `InsufficientMemory` before anything is loaded, `SculptCancelled`, and `SettingError` for an unusable
+    instruction set.
     """
-    run = _Sculptor(spec, base, (answers_dir or workdir / "answers", workdir / "mask"), cache_dir, progress, cancelled)
+    directories = (answers_dir or workdir / "answers", workdir / "mask", workdir / "recovery")
+    run = _Sculptor(spec, base, directories, cache_dir, execution or Execution(), progress, cancelled)
     with run.workshop():
         selected = run.select()
         answered = run.answer(selected)
-        learned = run.learn(answered)
-        report = run.evaluate(answered, learned)
-    return run.result(learned, report)
+        learned = run.learn(answered, cast)
+        recovered = run.recover(answered, learned)
+        report = run.evaluate(answered, learned, recovered)
+    return run.result(recovered, report)
 
 
 class _Sculptor:
@@ -110,8 +121,9 @@ class _Sculptor:
         self,
         spec: SculptSpec,
         base: Base,
-        directories: tuple[Path, Path],  # answers, mask
+        directories: tuple[Path, Path, Path],  # answers, mask, recovery
         cache_dir: Path,
+        execution: Execution,
         progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
     ) -> None:
@@ -124,20 +136,37 @@ class _Sculptor:
         self.system_prompt = persona_system_prompt(spec.name, spec.text)
         self.metadata = spec.metadata(self.instructions.digest, self.settings)
         identity = {"base": base.fingerprint, "dtype": str(base.dtype), "system_prompt": self.system_prompt}
-        # Answers do not depend on the sparsity: another mask of the same persona learns from the same ones.
-        without_sparsity = {key: value for key, value in self.metadata.items() if key != "sparsity"}
-        self.answers = Workdir(directories[0], {**identity, **without_sparsity})
-        self.learning = Workdir(directories[1], {**identity, **self.metadata})
-        self.reporter = Reporter(progress, cancelled, self._add_seconds)
+        # A mask does not depend on the recovery after it, nor answers on the sparsity: both serve other masks as well.
+        of_mask = {key: value for key, value in self.metadata.items() if key != "recovery"}
+        of_answers = {key: value for key, value in of_mask.items() if key != "sparsity"}
+        self.answers = Workdir(directories[0], {**identity, **of_answers})
+        self.learning = Workdir(directories[1], {**identity, **of_mask})
+        self.recovering = Workdir(directories[2], {**identity, **self.metadata})
+        self.plan = self._planned(execution)
+        shares = {stage: share for stage, share in STAGES.items() if stage != "recover" or spec.recovery != "none"}
+        self.reporter = Reporter(progress, cancelled, self._add_seconds, shares)
         self._engine: Engine | None = None
 
+    def _planned(self, execution: Execution) -> Plan:
+        """The plan that this directory's steps ran by, where it still fits, else the best one now."""
+        job = describe(self.spec, self.base, self.settings, self.instructions)
+        earlier = self.learning.read_json("plan")
+        if earlier is not None:
+            try:
+                return plan_for(job, self.base, Execution(**earlier))
+            except InsufficientMemory:  # other programs hold more than they did then
+                pass
+        plan = plan_for(job, self.base, execution)
+        self.learning.write_json("plan", plan.execution)
+        return plan
+
     def _add_seconds(self, stage: str, seconds: float) -> None:
-        directory = self.answers if stage in ("select", "answer") else self.learning
-        directory.add_seconds(stage, seconds)
+        directories = {"select": self.answers, "answer": self.answers, "learn": self.learning}
+        directories.get(stage, self.recovering).add_seconds(stage, seconds)
 
     def seconds(self) -> dict[str, float]:
         """Seconds by stage, over restarts."""
-        return self.answers.seconds() | self.learning.seconds()
+        return self.answers.seconds() | self.learning.seconds() | self.recovering.seconds()
 
     @contextmanager
     def workshop(self) -> Iterator[None]:
@@ -152,6 +181,12 @@ class _Sculptor:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+            give_memory_back(self.base.device)
+
+    def release_model(self) -> None:
+        """Give the learner's weights back; who needs them next loads them again."""
+        self.__dict__.pop("model", None)
+        give_memory_back(self.base.device)
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -161,9 +196,20 @@ class _Sculptor:
     def teacher(self, subnetwork: SubNetwork | None = None) -> SelfTeacher:
         """The base, or one of its sub-networks, behind the engine."""
         if self._engine is None:
-            self._engine = Engine(self.base, EngineSettings(max_num_seqs=ANSWER_STREAMS, max_queue=1_000_000))
+            if not self.plan.keeps_learner:
+                self.release_model()
+            self._engine = Engine(self.base, self._engine_settings())
         digest = f"base:{self.base.fingerprint}" if subnetwork is None else subnetwork.digest
         return SelfTeacher(self._engine, PersonaFunction(digest, "sculpt", subnetwork))
+
+    def _engine_settings(self) -> EngineSettings:
+        settings = EngineSettings(max_num_seqs=self.plan.streams, max_queue=1_000_000)
+        if slots_are_lazy(self.base.device):
+            return settings
+        # Slots are reserved whole: no longer than the longest chat of the sculpt.
+        length = min(self.plan.slot_tokens, self.base.context_length)
+        num_bytes = self.plan.streams * length * KVGeometry.of(self.base.config, self.base.dtype).bytes_per_token
+        return replace(settings, max_model_len=length, kv_cache_bytes=num_bytes)
 
     # 1. select
 
@@ -171,12 +217,13 @@ class _Sculptor:
         """The training questions that bring the persona out, and the held-out ones with their scores."""
         settings, sets = self.settings, self.instructions
         held_out = {
-            "validation": _spread(sets.validation, settings.num_validation),
-            "test": _spread(sets.test, settings.num_test),
+            "validation": spread(sets.validation, settings.num_validation),
+            "test": spread(sets.test, settings.num_test),
         }
         scores = self.answers.read_json("sensitivity")
         if scores is None:
             with self.reporter.stage("select"):
+                self.reporter.at(0, 1, message=self.plan.sentence)
                 scores = self._score([*sets.train, *held_out["validation"], *held_out["test"]])
                 self.answers.write_json("sensitivity", scores)
         train = select(
@@ -212,7 +259,7 @@ class _Sculptor:
         plans = {
             "validation": synthesis.plan_held_out(selected.validation, seed),
             "test": synthesis.plan_held_out(selected.test, seed),
-            "test_scenes": synthesis.plan_scenes(_spread(selected.test, settings.num_test_scenes), seed),
+            "test_scenes": synthesis.plan_scenes(spread(selected.test, settings.num_test_scenes), seed),
         }
         first, second = synthesis.needs_turns(train[: settings.branches])
         total = len(first) + len(second) + sum(map(len, plans.values()))
@@ -268,16 +315,18 @@ class _Sculptor:
 
     # 3. learn
 
-    def learn(self, answered: _Answered) -> _Learned:
-        """Scores from importance, then straight-through steps; the mask that is best on validation is kept."""
+    def learn(self, answered: _Answered, cast: Sequence[Mask] = ()) -> _Learned:
+        """Straight-through steps from the prior's scores; the mask that is best on validation is kept."""
         saved = self.learning.read_tensors("learned")
         history = self.learning.read_json("history")
         if saved is None or history is None:
             self.release_engine()
             with self.reporter.stage("learn"):
+                self.reporter.at(0, self.settings.steps, message=self.plan.sentence)
                 importances = self._importances(answered)
                 held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
-                best, history = self._learn_scores(answered, importances, held_out)
+                start, pull = self._first_scores(importances), self._pull(cast)
+                best, history = self._learn_scores(answered, importances, held_out, (start, pull))
                 saved = {"best": best, **importances}
                 self.learning.write_tensors("learned", saved)
                 self.learning.write_json("history", history)
@@ -291,22 +340,37 @@ class _Sculptor:
             self.reporter.at(0, self.settings.steps, message="importance of neurons")
             saved = {
                 "wanda": activation_importance(self.model, few),
-                "fisher": fisher_importance(self.model, few, between=self.reporter.check),
+                "fisher": fisher_importance(
+                    self.model,
+                    few,
+                    micro_batch=self.plan.micro_batch,
+                    checkpointing=self.plan.checkpointing,
+                    between=self.reporter.check,
+                ),
             }
             self.learning.write_tensors("importance", saved)
+            give_memory_back(self.base.device)
         return saved
 
     def _learn_scores(
-        self, answered: _Answered, importances: dict[str, torch.Tensor], held_out: HeldOut
+        self,
+        answered: _Answered,
+        importances: dict[str, torch.Tensor],
+        held_out: HeldOut,
+        scores: tuple[torch.Tensor, torch.Tensor],  # the first ones, and what pulls on them
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         settings = self.settings
         learner = MaskLearner(
             self.model,
-            averaged_ranks(importances["wanda"], importances["fisher"]),
+            scores[0],
             self.kept,
             steps=settings.steps,
             learning_rate=settings.learning_rate,
             loss=settings.loss,
+            question_share=settings.question_share,
+            pull=scores[1],
+            micro_batch=self.plan.micro_batch,
+            checkpointing=self.plan.checkpointing,
         )
         history = self.learning.read_json("learning")
         state = self.learning.read_tensors("learning")
@@ -327,7 +391,7 @@ class _Sculptor:
                 "loss": [],
                 "best_step": 0,
             }
-        order = _Epochs(answered.train, settings.branches_per_step, self.spec.seed)
+        order = Epochs(answered.train, settings.branches_per_step, self.spec.seed)
         while learner.step_number < settings.steps:
             loss = learner.step(order.batch(learner.step_number))
             number = learner.step_number
@@ -344,34 +408,68 @@ class _Sculptor:
                 self.learning.write_json("learning", history)
             self.reporter.at(number, settings.steps, loss=loss, message="learning the mask")
         history["step"] = learner.step_number
+        give_memory_back(self.base.device)
         return best, history
 
-    # 4. evaluate
+    def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
+        prior = prior_of(self.base, self.cache_dir) if self.settings.start == "prior" else None
+        return averaged_ranks(importances["wanda"], importances["fisher"]) if prior is None else prior.at(self.kept)
 
-    def evaluate(self, answered: _Answered, learned: _Learned) -> dict[str, Any]:
+    def _pull(self, cast: Sequence[Mask]) -> torch.Tensor:
+        """Towards the cast as it was when learning began, `[layers, intermediate]`: a resumed job keeps its goal."""
+        saved = self.learning.read_tensors("cast")
+        if saved is None:
+            saved = {"usage": torch.zeros(self.base.shape.num_layers, self.base.shape.intermediate_size)}
+            for mask in cast:
+                saved["usage"] += torch.from_numpy(mask.to_dense()).float() / len(cast)
+            self.learning.write_tensors("cast", saved)
+        return self.settings.cast_pull * saved["usage"]
+
+    # 4. recover
+
+    def recover(self, answered: _Answered, learned: _Learned) -> Recovered:
+        """What the spec asks for on top of the frozen mask, best on validation; the mask by itself for `none`."""
+        if self.spec.recovery == "none":
+            return Recovered("none", Change.of_mask(self.model, learned.mask), {})
+        settings = self.settings.recovery
+        self.release_engine()
+        with self.reporter.stage("recover"):
+            held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
+
+            def divergence(changed: Forward) -> float:
+                return _mean(held_out.divergence(changed).kl)
+
+            return recover(
+                self.model,
+                learned.mask,
+                self.spec.recovery,
+                answered.train,
+                divergence,
+                settings,
+                loss=self.settings.loss,
+                seed=self.spec.seed,
+                workdir=self.recovering,
+                on_step=lambda step, loss: self.reporter.at(
+                    step, settings.steps, loss=loss, message=f"recovering with {self.spec.recovery}"
+                ),
+            )
+
+    # 5. evaluate
+
+    def evaluate(self, answered: _Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
         """The fidelity report, on the test split."""
-        report = self.learning.read_json("report")
+        report = self.recovering.read_json("report")
         if report is None:
             with self.reporter.stage("evaluate"):
-                report = self._report(answered, learned)
-                self.learning.write_json("report", report)
+                report = self._report(answered, learned, recovered)
+                self.recovering.write_json("report", report)
         return {**report, "seconds": self.seconds()}
 
-    def _report(self, answered: _Answered, learned: _Learned) -> dict[str, Any]:
-        check = self.reporter.check
+    def _report(self, answered: _Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
         strongest = evaluation.strongest_baseline(learned.validation_kl)
-        ours = masked(self.model, learned.mask)
-        rivals = {name: masked(self.model, rival) for name, rival in learned.baselines.items()}
-        contexts: dict[str, Any] = {}
-        one_turn = HeldOut(self.model, answered.test, between=check)
-        self.reporter.at(1, 5, message="fidelity on test questions")
-        contexts["one_turn"] = evaluation.fidelity(one_turn, answered.test, ours, rivals, strongest)
-        self.reporter.at(2, 5, message="fidelity under scene lines")
-        if answered.test_scenes:
-            scenes = HeldOut(self.model, answered.test_scenes, between=check)
-            contexts["with_scene"] = evaluation.fidelity(scenes, answered.test_scenes, ours, rivals, strongest)
+        contexts, dense_nll = self._fidelity(answered, learned, recovered, strongest)
         self.reporter.at(3, 5, message="free-running answers")
-        free = self._free_running(answered, learned, one_turn.dense_nll())
+        free = self._free_running(answered, recovered, dense_nll)
         self.reporter.at(5, 5, message="done")
         return {
             "format": evaluation.REPORT_FORMAT,
@@ -382,12 +480,37 @@ class _Sculptor:
             "baselines": list(learned.baselines),
             "strongest_baseline": strongest,
             **contexts,
-            "free_running": evaluation.free_running(free),
+            "free_running": None if free is None else evaluation.free_running(free),
             "learning": {**learned.history, "num_examples": len(answered.train)},
+            "recovery": {"applied": recovered.kind, "bytes": recovered.num_bytes, **recovered.history},
         }
 
-    def _free_running(self, answered: _Answered, learned: _Learned, dense_nll: torch.Tensor) -> evaluation.FreeRunning:
-        places = _spread(range(len(answered.test)), self.settings.num_free_running)
+    def _fidelity(
+        self, answered: _Answered, learned: _Learned, recovered: Recovered, strongest: str
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """The comparison by kind of context, and the dense model's NLL of its own test answers.
+
+        Nothing that is returned holds the model, which may have to go before the engine comes.
+        """
+        check = self.reporter.check
+        ours = recovered.change.forward
+        rivals = {name: masked(self.model, rival) for name, rival in learned.baselines.items()}
+        one_turn = HeldOut(self.model, answered.test, between=check)
+        self.reporter.at(1, 5, message="fidelity on test questions")
+        contexts = {"one_turn": evaluation.fidelity(one_turn, answered.test, ours, rivals, strongest)}
+        self.reporter.at(2, 5, message="fidelity under scene lines")
+        if answered.test_scenes:
+            scenes = HeldOut(self.model, answered.test_scenes, between=check)
+            contexts["with_scene"] = evaluation.fidelity(scenes, answered.test_scenes, ours, rivals, strongest)
+        return contexts, one_turn.dense_nll()
+
+    def _free_running(
+        self, answered: _Answered, recovered: Recovered, dense_nll: torch.Tensor
+    ) -> evaluation.FreeRunning | None:
+        """None with attached weights, which the engine that samples cannot serve."""
+        if recovered.kind in ("lora", "full"):
+            return None
+        places = spread(range(len(answered.test)), self.settings.num_free_running)
         chosen = [answered.test[place] for place in places]
         planned = [
             synthesis.Planned(one.id, _instruction(one), one.sensitivity or 0.0, None, 0, seed=index)
@@ -397,10 +520,12 @@ class _Sculptor:
             planned,
             base=self.base,
             system_prompt=self.system_prompt,
-            teacher=self.teacher(self.subnetwork(learned)),
+            teacher=self.teacher(self.subnetwork(recovered)),
             max_tokens=self.settings.answer_tokens,
             on_example=lambda _example: self.reporter.check(),
         )
+        if not self.plan.keeps_learner:
+            self.release_engine()
         by_id = {one.id: one for one in given}
         pairs = [
             (one, by_id[one.id], nll) for one, nll in zip(chosen, dense_nll[places], strict=True) if one.id in by_id
@@ -413,52 +538,35 @@ class _Sculptor:
             sculpted_nll=HeldOut(self.model, sculpted, between=self.reporter.check).dense_nll(),
         )
 
-    def subnetwork(self, learned: _Learned) -> SubNetwork:
-        """The learned mask as what is stored and served."""
-        mask = Mask.from_dense(learned.mask.bool().numpy())
-        return SubNetwork(self.base.fingerprint, self.base.shape, mask)
+    def subnetwork(self, recovered: Recovered) -> SubNetwork:
+        """The mask with its gains and biases as what is stored and served."""
+        mask = Mask.from_kept_indices(recovered.change.kept.cpu().numpy(), self.base.shape.intermediate_size)
+        gain, bias = (None if one is None else one.cpu().numpy() for one in (recovered.gain, recovered.bias))
+        return SubNetwork(self.base.fingerprint, self.base.shape, mask, gain, bias)
 
-    def result(self, learned: _Learned, report: dict[str, Any]) -> SculptResult:
+    def attached(self, recovered: Recovered) -> dict[str, Any] | None:
+        """Weights that go beside the mask file."""
+        settings = self.settings.recovery
+        if recovered.kind == "lora":
+            shape = {"alpha": settings.lora_alpha, "rank": settings.lora_rank}
+            return {"kind": "lora", "tensors": recovered.lora, **shape}
+        if recovered.kind == "full":
+            return {"kind": "full", "tensors": recovered.full, "alpha": None, "rank": None}
+        return None
+
+    def result(self, recovered: Recovered, report: dict[str, Any]) -> SculptResult:
         """What publishing needs."""
         return SculptResult(
-            subnetwork=self.subnetwork(learned),
-            settings=self.metadata,
+            subnetwork=self.subnetwork(recovered),
+            recovery=recovered.kind,
+            attached=self.attached(recovered),
+            settings={**self.metadata, "plan": self.plan.metadata()},
             system_prompt=self.system_prompt,
             prompt_sha256=prompt_sha256(self.system_prompt),
             report=report,
             examples_path=self.answers.examples_path("examples"),
             seconds=self.seconds(),
         )
-
-
-class _Epochs:
-    """Batches over shuffled epochs: every example is seen once before any is seen twice."""
-
-    def __init__(self, examples: Sequence[Example], batch: int, seed: int) -> None:
-        self._examples = examples
-        self._batch = batch
-        self._seed = seed
-
-    def batch(self, step: int) -> list[Example]:
-        """The examples of step number `step`, the same after a restart."""
-        first = step * self._batch
-        return [self._at(number) for number in range(first, first + self._batch)]
-
-    def _at(self, number: int) -> Example:
-        epoch, place = divmod(number, len(self._examples))
-        return self._examples[self._order(epoch)[place]]
-
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self._examples)))
-        random.Random(f"epoch {epoch} {self._seed}").shuffle(order)
-        return order
-
-
-def _spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of them, evenly over a list that is in topic order."""
-    if count >= len(items):
-        return list(items)
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _instruction(example: Example) -> Instruction:

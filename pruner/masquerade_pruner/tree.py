@@ -7,15 +7,18 @@ own view of the branches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from masquerade_engine.context import forward_context
-from masquerade_engine.seams import PersonaFFN
+from masquerade_engine.context import ForwardContext, forward_context
+from masquerade_engine.seams import PersonaFFN, decoder_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ class TreeContext:
         watch: ActivationWatch | None = None,
     ) -> None:
         self._tree = tree
-        self._mask = mask
+        self._mask = None if mask is None else mask.to(tree.token_ids.device)
         self._watch = watch
         self._folded_bias: dict[tuple[int, int | None], torch.Tensor] = {}
 
@@ -227,14 +230,16 @@ def _pad(states: torch.Tensor, group: BranchGroup) -> torch.Tensor:
 
 
 class ActivationWatch:
-    """Sums of squared FFN activations over all tokens seen, `[layers, intermediate]` fp32."""
+    """Sums of FFN activations and of their squares over all tokens seen, `[layers, intermediate]` fp32."""
 
-    def __init__(self, num_layers: int, intermediate_size: int) -> None:
-        self.squares = torch.zeros(num_layers, intermediate_size)
+    def __init__(self, num_layers: int, intermediate_size: int, device: torch.device | None = None) -> None:
+        self.sums = torch.zeros(num_layers, intermediate_size, device=device)
+        self.squares = torch.zeros(num_layers, intermediate_size, device=device)
         self.num_tokens = 0
 
     def see(self, layer: int, activations: torch.Tensor) -> None:
-        self.squares[layer] += activations.detach().float().square().sum(dim=(0, 1)).cpu()
+        self.sums[layer] += activations.detach().sum(dim=(0, 1), dtype=torch.float32)
+        self.squares[layer] += activations.detach().float().square().sum(dim=(0, 1))
         self.num_tokens += activations.shape[1] if layer == 0 else 0
 
 
@@ -259,14 +264,42 @@ def head_weight(model: torch.nn.Module) -> torch.Tensor:
     return weight
 
 
-def run_tree(model: torch.nn.Module, tree: Tree, context: TreeContext) -> torch.Tensor:
-    """The final normed hidden states of every token, `[num_tokens, hidden]`."""
+def run_tree(model: torch.nn.Module, tree: Tree, context: TreeContext, *, checkpointing: bool = False) -> torch.Tensor:
+    """The final normed hidden states of every token, `[num_tokens, hidden]`.
+
+    With `checkpointing`, a decoder block keeps its input alone for the backward pass, which runs the block again.
+    """
     decoder: Any = model.get_submodule("model")
-    with forward_context(context):
+    recomputing = _recomputing_blocks(model, context) if checkpointing and torch.is_grad_enabled() else nullcontext()
+    with recomputing, forward_context(context):
         states: torch.Tensor = decoder(
             input_ids=tree.token_ids, position_ids=tree.positions, use_cache=False
         ).last_hidden_state
     return states[0]
+
+
+@contextmanager
+def _recomputing_blocks(model: torch.nn.Module, context: ForwardContext) -> Iterator[None]:
+    """Checkpoint every decoder block of the passes inside (torch.utils.checkpoint, arXiv 1604.06174).
+
+    The backward pass may run in a thread of autograd's own, where no forward context is set: the recomputation brings
+    its own. Nothing here draws random numbers, so no generator's state is kept.
+    """
+    blocks = decoder_layers(model)
+    for block in blocks:
+        recomputed = partial(
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), forward_context(context)),
+        )
+        setattr(block, "forward", recomputed)  # noqa: B010  (an instance attribute over the class's method)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            delattr(block, "forward")
 
 
 def masked(model: torch.nn.Module, mask: torch.Tensor | None = None) -> Forward:

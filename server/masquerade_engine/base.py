@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 BUNDLED = "smollm2-135m-instruct"
+DEVICE_PATTERN = re.compile(r"auto|cpu|cuda(:\d+)?")
 DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
 
 
@@ -47,9 +49,14 @@ class Base:
 
         with without_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=dtype or self.dtype, attn_implementation=ATTENTION_NAME, local_files_only=True
+                self.path,
+                dtype=dtype or self.dtype,
+                attn_implementation=ATTENTION_NAME,
+                local_files_only=True,
+                # Straight to a GPU: 16 GB of weights need not fit into the machine's memory first.
+                device_map=None if self.device.type == "cpu" else {"": self.device},
             )
-        model.to(self.device).eval().requires_grad_(False)
+        model.eval().requires_grad_(False)
         seamed: torch.nn.Module = install_seams(model)
         return seamed
 
@@ -96,14 +103,19 @@ def load_base(
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises `SettingError`."""
+    """`auto` is CUDA where there is one, else the CPU; `cuda:1` is the second GPU. Raises `SettingError`."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise SettingError("device", "cuda was asked for, but torch sees no CUDA device; use auto or cpu")
-    if device not in ("cpu", "cuda"):
-        raise SettingError("device", f"{device!r} is not one of auto, cpu, cuda")
-    return torch.device(device)
+    if not DEVICE_PATTERN.fullmatch(device):
+        raise SettingError("device", f"{device!r} is not one of auto, cpu, cuda, cuda:N")
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise SettingError("device", f"{device} was asked for, but torch sees no CUDA device; use auto or cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise SettingError(
+            "device", f"{device} was asked for, and there are {torch.cuda.device_count()}, from cuda:0 on"
+        )
+    return chosen
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -64,3 +64,13 @@ def ffn_shape(config: PreTrainedConfig) -> FFNShape:
         intermediate_size=config.intermediate_size,
         hidden_size=config.hidden_size,
     )
+
+
+def num_parameters(config: PreTrainedConfig) -> int:
+    """Weights of a base, an output head that is tied to the embedding counted once; norms and biases are left out."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    layer = 3 * hidden * config.intermediate_size + 2 * hidden * head_dim * (heads + kv_heads)
+    embeddings = 1 if config.tie_word_embeddings else 2
+    return int(config.num_hidden_layers * layer + embeddings * config.vocab_size * hidden)

@@ -15,6 +15,7 @@ from masquerade_masks import (
     BaseNotFound,
     ContextTooLong,
     EngineStopped,
+    InsufficientMemory,
     JobConflict,
     JobNotFound,
     MaskError,
@@ -164,6 +165,7 @@ WIRE: dict[type[MasqueradeError], Wire] = {
     MethodNotAllowed: Wire(405, _REQUEST, "method_not_allowed"),
     PersonaExists: Wire(409, _REQUEST, "persona_exists", "id"),
     JobConflict: Wire(409, _REQUEST, "job_conflict"),
+    InsufficientMemory: Wire(409, _REQUEST, "insufficient_memory"),
     BodyTooLarge: Wire(413, _REQUEST, "body_too_large"),
     WrongContentType: Wire(415, _REQUEST, "wrong_content_type"),
     QueueFull: Wire(429, "rate_limit_error", "queue_full"),
@@ -181,6 +183,7 @@ RETRY_WHILE_LOADING_S = 2
 _HOPELESS = (
     PersonaExists,
     JobConflict,
+    InsufficientMemory,
     StorageFull,
     DamagedFile,
     DeadlineExceeded,

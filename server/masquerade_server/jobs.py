@@ -37,6 +37,8 @@ class WorkerConfig:
     dtype: str
     device: str
     log_level: str
+    checkpointing: str = "auto"
+    micro_batch: int = 0  # 0: as many branches as fit
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -47,8 +49,10 @@ class WorkerConfig:
             cache_dir=str(settings.cache_dir),
             model=settings.model,
             dtype=settings.dtype,
-            device=settings.device,
+            device=settings.sculpt_device,
             log_level=settings.log_level,
+            checkpointing=settings.sculpt_checkpointing,
+            micro_batch=settings.sculpt_micro_batch,
         )
 
     def to_line(self) -> bytes:

@@ -26,6 +26,7 @@ from masquerade_server.errors import DamagedFile
 from masquerade_server.identifiers import id_from_name
 from masquerade_server.overlap import overlap_json
 from masquerade_server.publishing import Publication, publish
+from masquerade_server.schemas import PersonaBody
 from masquerade_server.sse import encode_json
 from masquerade_server.views import PersonaFacts
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from masquerade_masks.registry import Registry
     from masquerade_masks.store import PersonaFiles
     from masquerade_server.catalogue import Serving
-    from masquerade_server.schemas import PersonaBody, PersonaPatch
+    from masquerade_server.schemas import PersonaPatch
     from masquerade_server.state import Backend
 
 Json = dict[str, Any]
@@ -81,6 +82,12 @@ class PersonaDesk:
         """Raises what `create` raises for this body, ids in use aside."""
         next(self._ids(body))
         self._checked_prompt(body.name, body.text)
+
+    def body_after(self, persona_id: str, patch: PersonaPatch) -> PersonaBody:
+        """What would create the persona as the patch leaves it. Raises `PersonaNotFound`."""
+        persona = self._registry.get_persona(persona_id)
+        fields = {name: getattr(persona, name) for name in _SPEC_FIELDS}
+        return PersonaBody(**fields | patch.model_dump(exclude_none=True, exclude={"sculpt"}))
 
     def update(self, persona_id: str, patch: PersonaPatch) -> tuple[Persona, Job | None]:
         """Change a persona; the job is the one that sculpts the new version, None where the mask is kept.

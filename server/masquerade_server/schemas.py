@@ -53,9 +53,9 @@ def _base_teacher(value: Any) -> Any:
     return value
 
 
-def _mask_only(value: Any) -> Any:
-    if value in ("vectors", "lora", "full"):
-        raise ValueError("must be 'none': recovery is not available in this version")
+def _served(value: Any) -> Any:
+    if value in ("lora", "full"):
+        raise ValueError("must be 'none' or 'vectors': weights beside the mask are not served in this version")
     return value
 
 
@@ -65,7 +65,7 @@ Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
 Sparsity = Annotated[float, Field(strict=True, gt=0, le=MAX_SPARSITY, allow_inf_nan=False)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Flag = Annotated[bool, Field(strict=True)]
-Recovery = Annotated[Literal["none"], BeforeValidator(_mask_only)]
+Recovery = Annotated[Literal["none", "vectors"], BeforeValidator(_served)]
 Teacher = Annotated[Literal["base"], BeforeValidator(_base_teacher)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -57,6 +58,9 @@ class Settings:
     pack_cache_mb: int = 512  # MiB: weights of busy personas and casts
     api_key: str | None = field(default=None, repr=False)
     workers: int = 1  # sculpt worker processes: 0 or 1
+    sculpt_device: str = "auto"  # where personas are sculpted; by default where they are served
+    sculpt_checkpointing: str = "auto"  # auto: where the memory is needed
+    sculpt_micro_batch: int = 0  # branches of a learning step at once; 0: as many as fit
     threads: int = 0  # of the engine; 0: every core this process may use
     log_level: str = "info"
 
@@ -81,6 +85,7 @@ def resolve_settings(
         merged[name] = _convert(name, value, f"--{name.replace('_', '-')}")
     data_dir = merged.setdefault("data_dir", default_data_dir())
     merged.setdefault("cache_dir", data_dir / "cache")
+    merged.setdefault("sculpt_device", merged.get("device", "auto"))
     return Settings(**merged)
 
 
@@ -160,6 +165,12 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
     return convert
 
 
+def _device(raw: Any) -> str:
+    if not isinstance(raw, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", raw):
+        raise ValueError(f"{raw!r} is not one of auto, cpu, cuda, cuda:N")
+    return raw
+
+
 _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "host": _text,
     "port": _integer(0, 65535),
@@ -167,7 +178,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "cache_dir": _folder,
     "model": _text,
     "dtype": _one_of("auto", "bf16", "bfloat16", "fp32", "float32"),
-    "device": _one_of("auto", "cpu", "cuda"),
+    "device": _device,
     "quantization": _one_of("none", "int8"),
     "max_num_seqs": _integer(1, 4096),
     "max_model_len": _integer(16, 10_000_000, " (tokens)"),
@@ -177,6 +188,9 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "pack_cache_mb": _integer(0, 10_000_000, " (MiB)"),
     "api_key": _text,
     "workers": _integer(0, 1, " (sculpt worker processes beside this server)"),
+    "sculpt_device": _device,
+    "sculpt_checkpointing": _one_of("auto", "on", "off"),
+    "sculpt_micro_batch": _integer(0, 4096, " (0: as many branches as fit)"),
     "threads": _integer(0, 1024, " (0: every core)"),
     "log_level": _one_of("debug", "info", "warning", "error"),
 }

@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from masquerade_engine.threads import available_cores, yield_at_barriers
 from masquerade_masks import (
@@ -40,6 +41,7 @@ from masquerade_server.worker_lock import WorkerLock, dead_workers
 
 if TYPE_CHECKING:
     from masquerade_engine.base import Base
+    from masquerade_masks import Mask
     from masquerade_masks.registry import Registry
 
 log = logging.getLogger("masquerade.worker")
@@ -51,6 +53,7 @@ _CLAIM_POLL_S = 0.5
 _PROGRESS_S = 0.5  # two events a second are enough for any display
 _THREADS_S = 0.25
 _NICENESS = 19  # a sixtieth of a busy core's time, all of an idle one's
+_CAST_MASKS = 64  # of a cast's masks, those that a new one is pulled towards
 _PATIENCE_S = 5.0
 _HARD_EXIT_S = 6.0  # below the supervisor's grace
 MAX_CRASHES = 3
@@ -71,14 +74,20 @@ class Sculpting:
 
 
 def load_sculpting(config: WorkerConfig) -> Sculpting:
-    """Import the pruner and load the base's description. Raises what `load_base` raises."""
+    """Import the pruner and load the base's description. Raises what `load_base` and `Execution` raise."""
 
     import masquerade_pruner as pruner  # noqa: PLC0415
     from masquerade_engine.base import load_base  # noqa: PLC0415
 
     quiet_transformers()
     base = load_base(config.model, cache_dir=Path(config.cache_dir), dtype=config.dtype, device=config.device)
-    return Sculpting(pruner.sculpt, pruner.SculptSpec, pruner.estimate, base)
+    execution = pruner.Execution(cast(Any, config.checkpointing), config.micro_batch or None)
+    return Sculpting(
+        partial(pruner.sculpt, execution=execution),
+        pruner.SculptSpec,
+        partial(pruner.estimate, execution=execution),
+        base,
+    )
 
 
 class Worker:
@@ -166,6 +175,7 @@ class Worker:
             tools.base,
             workdir,
             cache_dir=Path(self._config.cache_dir),
+            cast=self._cast_masks(job, tools.base),
             progress=watch.progress,
             cancelled=watch.cancelled,
         )
@@ -173,7 +183,7 @@ class Worker:
         header = MaskHeader(
             persona=job.persona_id,
             version=0,
-            recovery=job.spec["recovery"],
+            recovery=result.recovery,
             prompt_sha256=result.prompt_sha256,
             settings=result.settings,
         )
@@ -188,6 +198,21 @@ class Worker:
         )
         version = publish(self._registry, self._files, publication, job_id=job.id, worker=self._config.name)
         log.info("persona %s, version %d is published: %s", job.persona_id, version.number, result.seconds)
+
+    def _cast_masks(self, job: Job, base: Base) -> list[Mask]:
+        """The masks that serve in the persona's cast, its own left out: what the new one is pulled towards."""
+        cast = self._registry.get_persona(job.persona_id).cast
+        masks: list[Mask] = []
+        for other in self._registry.list_personas(limit=_CAST_MASKS, cast=cast):
+            if other.id == job.persona_id or other.version is None:
+                continue
+            try:
+                read = self._files.read_mask(other.id, other.version, base=base.fingerprint, shape=base.shape)
+            except MasqueradeError as error:  # deleted meanwhile, damaged, or of an earlier base
+                log.warning("the mask of %s does not count in cast %s: %s", other.id, cast, error)
+                continue
+            masks.append(read.subnetwork.mask)
+        return masks
 
     def _tools(self) -> Sculpting:
         """Loaded with the first job: an idle worker holds neither torch nor the base."""
@@ -350,6 +375,8 @@ def failure_sentence(error: Exception) -> str:
         return str(error)
     if isinstance(error, MemoryError):
         return "the server ran out of memory while sculpting"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a GPU; a server without torch has none
+        return "the GPU ran out of memory while sculpting: try a smaller --sculpt-micro-batch"
     return f"the sculpt failed unexpectedly ({type(error).__name__}); the server's log says more"
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from masquerade_kernels import PackedLinear
+from masquerade_kernels.linear import padded_rows
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 33, 200])
@@ -23,15 +24,21 @@ def test_bf16_is_the_rounded_float64_product(rows: int, out_features: int, in_fe
 
 
 def test_float32_is_the_plain_linear() -> None:
-    weight, x = torch.randn(31, 17), torch.randn(2, 3, 17)
+    weight, x = torch.randn(31, 17), torch.randn(19, 17)
     linear = PackedLinear(weight)
     assert not linear.packed
     assert torch.equal(linear(x), F.linear(x, weight))
 
 
-def test_leading_dimensions_are_kept() -> None:
-    linear = PackedLinear(torch.randn(24, 16).bfloat16())
-    assert linear(torch.randn(1, 5, 16).bfloat16()).shape == (1, 5, 24)
+@pytest.mark.parametrize(
+    ("rows", "computed"), [(1, 1), (16, 16), (17, 24), (64, 64), (65, 80), (256, 256), (257, 288), (10_000, 10_016)]
+)
+def test_rows_are_counted_in_steps(rows: int, computed: int) -> None:
+    assert padded_rows(rows) == computed
+
+
+def test_no_rows_are_no_rows() -> None:
+    assert PackedLinear(torch.randn(24, 16).bfloat16())(torch.empty(0, 16).bfloat16()).shape == (0, 24)
 
 
 def test_another_dtype_is_our_own_mistake() -> None:

@@ -148,13 +148,16 @@ def test_bf16_stays_within_its_rounding(tokens: int) -> None:
 
 
 def test_a_cast_shares_the_union_and_each_member_keeps_its_own_function() -> None:
-    weights = make_weights(97, 16)
-    members = [make_subnetwork(97, 16, 33, seed, gain=seed == 1, bias=seed == 2) for seed in range(4)]
+    weights = make_weights(301, 16)
+    members = [make_subnetwork(301, 16, 97, seed, gain=seed == 1, bias=seed == 2) for seed in range(4)]
     pack = member_pack(weights, members, FP32)
     union = union_neurons(members)
-    assert pack.fraction == union_fraction(members) == sum(map(len, union)) / (LAYERS * 97)
+    assert pack.fraction == union_fraction(members) == sum(map(len, union)) / (LAYERS * 301)
     assert [layer.down.in_features for layer in pack.layers] == [len(layer) for layer in union]
-    assert max(len(layer) for layer in union) < 97
+    for layer, neurons in enumerate(union):
+        kept = {neuron for member in members for neuron in member.mask.kept_indices()[layer].tolist()}
+        assert kept < set(neurons.tolist())
+        assert len(neurons) == -(-len(kept) // 13) * 13 < 301
     x = torch.randn(9, 16)
     personas = [members[i % 4] for i in range(9)]
     for layer in range(LAYERS):
@@ -163,6 +166,11 @@ def test_a_cast_shares_the_union_and_each_member_keeps_its_own_function() -> Non
             for row, persona in enumerate(personas):
                 expected = reference(weights, layer, x[row : row + 1], persona)
                 torch.testing.assert_close(found[row : row + 1].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_union_of_nearly_everything_is_everything() -> None:
+    members = [make_subnetwork(97, 16, 60, seed) for seed in range(12)]
+    assert [layer.tolist() for layer in union_neurons(members)] == [list(range(97))] * LAYERS
 
 
 def test_whoever_packs_may_give_up_between_layers() -> None:

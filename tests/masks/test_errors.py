@@ -32,6 +32,7 @@ EVERY = [
     errors.EngineStopped(),
     errors.SculptCancelled(),
     errors.TeacherError("the teacher gave no answer"),
+    errors.InsufficientMemory("cuda:0", 21_300_000_000, 15_200_000_000, "take a smaller base"),
 ]
 
 

@@ -10,7 +10,7 @@ from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.losses import chunked_cross_entropy, chunked_kl, token_kl
-from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
+from masquerade_pruner.mask_learning import MaskLearner, plant_examples, top_k_mask
 from masquerade_pruner.tree import masked
 
 MakeExamples = Callable[..., list[Example]]
@@ -169,3 +169,36 @@ def test_activation_importance_matches_its_definition(tiny_model: torch.nn.Modul
     hook.remove()
     wanted = seen[0][0].square().mean(dim=0).sqrt() * down.get_parameter("weight").norm(dim=0)
     torch.testing.assert_close(activation_importance(tiny_model, [example])[1], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_every_supervised_row_predicts_the_next_token_of_its_own_branch(
+    tiny_model: torch.nn.Module, make_examples: MakeExamples, share: float
+) -> None:
+    examples = make_examples(9)
+    planted = plant_examples(examples, tiny_model, question_share=share)
+    row, positions = planted.tree.token_ids[0], planted.tree.positions[0]
+    for index, one in enumerate(examples):
+        mine = planted.owners == index
+        tokens = (*one.prompt, *one.answer)
+        places = positions[planted.rows[mine]].tolist()
+        assert [tokens[place] for place in places] == row[planted.rows[mine]].tolist()
+        assert [tokens[place + 1] for place in places] == planted.targets[mine].tolist()
+        assert places[-len(one.answer) :] == list(range(len(one.prompt) - 1, len(tokens) - 1))
+        before = planted.weights[mine][: -len(one.answer)]
+        assert len(before) == (max(0, len(one.prompt) - planted.tree.num_prefix - 1) if share else 0)
+        assert float(planted.weights[mine].sum()) == pytest.approx(1 / len(examples))
+        if len(before):
+            assert float(before.sum()) == pytest.approx(share / len(examples))
+
+
+def test_a_pull_chooses_neurons_without_changing_scores(
+    tiny_model: torch.nn.Module, make_examples: MakeExamples
+) -> None:
+    scores = torch.rand(3, 96, generator=torch.Generator().manual_seed(0))
+    pull = torch.zeros(3, 96)
+    pull[:, :48] = 2.0
+    learner = MaskLearner(tiny_model, scores, 48, steps=2, learning_rate=1e-6, pull=pull)
+    assert torch.equal(learner.mask(), (pull > 0).float())
+    learner.step(make_examples(3))
+    assert (learner.scores - scores).abs().max() < 1e-5

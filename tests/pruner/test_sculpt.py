@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from masquerade_engine.base import Base
-from masquerade_masks import SculptCancelled, SettingError
-from masquerade_pruner import PRESETS, Progress, SculptResult, SculptSpec, sculpt
+from masquerade_engine.base import Base, load_base
+from masquerade_engine.device_memory import DeviceMemory
+from masquerade_masks import InsufficientMemory, Mask, SculptCancelled, SettingError
+from masquerade_pruner import PRESETS, Execution, Progress, SculptResult, SculptSpec, sculpt
 from masquerade_pruner.estimate import estimate
 from masquerade_pruner.examples import read_examples
+from masquerade_pruner.mask_learning import top_k_mask
+from masquerade_pruner.prior import prior_path
+from masquerade_pruner.recovery import Recovery
 
 TEXT = "You are a tester of bridges who speaks in short, heavy sentences and distrusts rope."
 
@@ -37,9 +47,11 @@ def run_sculpt(
 ) -> Callable[..., SculptResult]:
     cache_dir = tmp_path_factory.mktemp("sculpt-cache")
 
-    def run(workdir: Path, *, sparsity: float = 0.5, **keywords: Any) -> SculptResult:
-        spec = SculptSpec("tester", "Tester", TEXT, sparsity=sparsity, preset="smoke", instructions=instructions)
-        return sculpt(spec, tiny_base, workdir, cache_dir=cache_dir, **keywords)
+    def run(workdir: Path, *, sparsity: float = 0.5, recovery: Recovery = "none", **keywords: Any) -> SculptResult:
+        spec = SculptSpec(
+            "tester", "Tester", TEXT, sparsity=sparsity, preset="smoke", recovery=recovery, instructions=instructions
+        )
+        return sculpt(spec, tiny_base, workdir, **{"cache_dir": cache_dir, **keywords})
 
     return run
 
@@ -97,12 +109,106 @@ def test_a_stopped_job_resumes_to_the_same_mask(
     assert result.subnetwork.digest == finished.subnetwork.digest
 
 
+@pytest.fixture(scope="session")
+def recover_finished(run_sculpt: Callable[..., SculptResult], finished: SculptResult) -> Callable[..., SculptResult]:
+    """`recover_finished(workdir, recovery)`: in a copy of the finished sculpt's directory, with another recovery."""
+
+    def run(workdir: Path, recovery: str, **keywords: Any) -> SculptResult:
+        if not workdir.exists():
+            shutil.copytree(finished.examples_path.parents[1], workdir)
+        return run_sculpt(workdir, recovery=recovery, **keywords)
+
+    return run
+
+
+@pytest.mark.parametrize("recovery", ["vectors", "lora", "full"])
+def test_recovery_goes_on_from_the_same_mask(
+    recover_finished: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path, recovery: str
+) -> None:
+    news: list[Progress] = []
+    result = recover_finished(tmp_path / "work", recovery, progress=news.append)
+    assert [one for one in dict.fromkeys(one.stage for one in news) if one != "answer"] == ["recover", "evaluate"]
+    assert {one.total for one in news if one.stage == "recover" and one.completed} == {3}  # of few examples
+    assert result.subnetwork.mask == finished.subnetwork.mask
+    told, before = result.report["recovery"], finished.report["one_turn"]["all"]
+    assert (result.recovery, told["kind"], told["applied"]) == (recovery,) * 3
+    assert [step for step, _ in told["validation"]] == [0, 2, 3]
+    assert min(figure for _, figure in told["validation"]) < told["unrecovered"]
+    assert told["bytes"] > 0
+    assert result.settings["recovery"]["kind"] == recovery
+    assert result.report["one_turn"]["all"]["kl"] != before["kl"]
+    assert result.report["one_turn"]["all"]["baseline_kl"] == before["baseline_kl"]
+    json.dumps(result.report, allow_nan=False)
+
+
+def test_vectors_are_in_the_subnetwork_and_weights_are_attached(
+    recover_finished: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path
+) -> None:
+    vectors, lora, full = (recover_finished(tmp_path / one, one) for one in ("vectors", "lora", "full"))
+    assert finished.attached is None
+    assert vectors.attached is None
+    for one in (vectors, lora):
+        assert one.subnetwork.gain is not None
+        assert one.subnetwork.bias is not None
+        assert one.subnetwork.digest != finished.subnetwork.digest
+    assert full.subnetwork.digest == finished.subnetwork.digest
+    assert lora.attached is not None
+    assert (lora.attached["kind"], lora.attached["rank"], lora.attached["alpha"]) == ("lora", 16, 16.0)
+    assert lora.attached["tensors"]["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"].shape == (96, 16)
+    assert full.attached is not None
+    assert full.attached["tensors"]["model.layers.2.mlp.down_proj.weight"].shape == (32, full.subnetwork.mask.kept)
+    assert vectors.report["free_running"]["num_questions"] > 0
+    assert lora.report["free_running"] is full.report["free_running"] is None  # nothing here can sample from them
+
+
+def test_a_job_stopped_while_recovering_resumes_to_the_same_vectors(
+    recover_finished: Callable[..., SculptResult], tmp_path: Path
+) -> None:
+    whole = recover_finished(tmp_path / "whole", "vectors")
+    reached: list[str] = []
+    with pytest.raises(SculptCancelled):
+        recover_finished(
+            tmp_path / "stopped",
+            "vectors",
+            progress=lambda news: reached.append(news.stage),
+            cancelled=lambda: reached.count("recover") >= 3,
+        )
+    assert recover_finished(tmp_path / "stopped", "vectors").subnetwork.digest == whole.subnetwork.digest
+
+
 def test_another_sparsity_learns_from_the_same_answers(run_sculpt: Callable[..., SculptResult], tmp_path: Path) -> None:
     wide = run_sculpt(tmp_path, sparsity=0.25)
     news: list[str] = []
     narrow = run_sculpt(tmp_path, sparsity=0.5, progress=lambda one: news.append(one.stage))
     assert narrow.subnetwork.mask.kept < wide.subnetwork.mask.kept
     assert "select" not in news
+
+
+def test_a_mask_is_pulled_towards_its_cast(
+    run_sculpt: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path
+) -> None:
+    alone = finished.subnetwork.mask
+    order = np.random.default_rng(0).random((alone.num_layers, alone.intermediate_size)).argsort(axis=1)
+    other = Mask.from_kept_indices(order[:, : alone.kept], alone.intermediate_size)
+    together = run_sculpt(tmp_path, cast=[other]).subnetwork.mask
+    assert _jaccard(together, other) > _jaccard(alone, other) + 0.02
+
+
+def test_learning_starts_from_the_prior(
+    run_sculpt: Callable[..., SculptResult], finished: SculptResult, tiny_base: Base, tmp_path: Path
+) -> None:
+    shape, kept = tiny_base.shape, finished.subnetwork.mask.kept
+    scores = torch.rand(shape.num_layers, shape.intermediate_size, generator=torch.Generator().manual_seed(1))
+    path = prior_path(tiny_base, tmp_path)
+    path.parent.mkdir()
+    save_file({str(kept): scores * 100}, path, {"format": "masquerade.prior/1", "base": tiny_base.fingerprint})
+    learned = run_sculpt(tmp_path / "work", cache_dir=tmp_path).subnetwork.mask  # a few steps move nothing by 100
+    assert np.array_equal(learned.to_dense(), top_k_mask(scores, kept).numpy().astype(bool))
+
+
+def _jaccard(one: Mask, other: Mask) -> float:
+    first, second = one.to_dense(), other.to_dense()
+    return float((first & second).sum() / (first | second).sum())
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.5, 0.95, float("nan"), float("inf")])
@@ -129,6 +235,95 @@ def test_bad_specs_name_their_field(changed: dict[str, str], field: str) -> None
     assert refused.value.field == field
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_any_way_to_run_learns_the_same_mask(
+    make_tiny_base: Callable[..., Path], instructions: Path, tmp_path: Path, model_type: str
+) -> None:
+    """Adam's first step is the gradient's sign: rounding turns a few neurons that stand at the threshold."""
+    directory = make_tiny_base(tmp_path / "base", model_type)
+    base = load_base(str(directory), cache_dir=tmp_path / "cache", dtype="fp32", device="cpu")
+    spec = SculptSpec("tester", "Tester", TEXT, sparsity=0.5, preset="smoke", instructions=instructions)
+
+    def run(name: str, execution: Execution) -> SculptResult:
+        answers = tmp_path / "answers"  # one set of answers: the engine's are sampled the same anyway
+        return sculpt(
+            spec, base, tmp_path / name, cache_dir=tmp_path / "cache", answers_dir=answers, execution=execution
+        )
+
+    plain, small = run("plain", Execution("off", 16)), run("small", Execution("on", 2))
+    assert plain.settings["plan"] == {
+        "device": "cpu", "dtype": "float32", "micro_batch": 16, "checkpointing": False
+    }  # fmt: skip
+    assert (small.settings["plan"]["micro_batch"], small.settings["plan"]["checkpointing"]) == (2, True)
+    losses, wanted = (one.report["learning"]["loss"] for one in (small, plain))
+    assert losses[0] == pytest.approx(wanted[0], abs=2e-5)  # of five decimals
+    assert losses == pytest.approx(wanted, rel=0.01)
+    masks = [one.subnetwork.mask.to_dense() for one in (plain, small)]
+    assert (masks[0] != masks[1]).mean() < 0.02
+
+
+def test_the_plan_is_told_and_kept_over_a_restart(
+    run_sculpt: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path
+) -> None:
+    reached: list[Progress] = []
+    with pytest.raises(SculptCancelled):
+        run_sculpt(
+            tmp_path,
+            execution=Execution("on", 4),
+            progress=reached.append,
+            cancelled=lambda: any(one.loss is not None for one in reached),
+        )
+    assert any("4 branches a pass, checkpointing" in one.message for one in reached)
+    resumed = run_sculpt(tmp_path)  # left to it: the steps go on as they began
+    assert (resumed.settings["plan"]["micro_batch"], resumed.settings["plan"]["checkpointing"]) == (4, True)
+    assert (finished.settings["plan"]["micro_batch"], finished.settings["plan"]["checkpointing"]) == (16, False)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_done(
+    run_sculpt: Callable[..., SculptResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = DeviceMemory(free=100_000_000, total=8_000_000_000)
+    monkeypatch.setattr(sys.modules["masquerade_pruner.estimate"], "device_memory", lambda device: memory)
+    news: list[Progress] = []
+    with pytest.raises(InsufficientMemory, match=r"needs about .* GB, this device \(cpu\) has 0.1 GB free") as refused:
+        run_sculpt(tmp_path, progress=news.append)
+    assert refused.value.available_bytes == memory.free
+    assert not news
+
+
+def test_one_copy_of_the_weights_at_a_time_gives_the_same_mask(
+    run_sculpt: Callable[..., SculptResult],
+    finished: SculptResult,
+    tmp_path: Path,
+    tiny_base: Base,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where two do not fit, the learner's weights go before the engine's come."""
+    built: list[str] = []
+    plan_for = sys.modules["masquerade_pruner.sculpt"].plan_for  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        sys.modules["masquerade_pruner.sculpt"],
+        "plan_for",
+        lambda *arguments: replace(plan_for(*arguments), keeps_learner=False),
+    )
+    build = Base.build_model
+    monkeypatch.setattr(Base, "build_model", lambda self, *rest: built.append("model") or build(self, *rest))
+    result = run_sculpt(tmp_path)
+    assert result.subnetwork.digest == finished.subnetwork.digest
+    assert len(built) == 5  # select, the engine, learn and evaluate, the engine again, its answers' likelihood
+
+
+def test_a_job_behind_others_is_measured_against_all_of_the_memory(
+    tiny_base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = DeviceMemory(free=100_000_000, total=8_000_000_000)
+    monkeypatch.setattr(sys.modules["masquerade_pruner.estimate"], "device_memory", lambda device: memory)
+    spec = SculptSpec("p", "P", TEXT)
+    with pytest.raises(InsufficientMemory):
+        estimate(spec, tiny_base)
+    assert estimate(spec, tiny_base, behind_others=True)["available_bytes"] == memory.total
+
+
 def test_estimate_grows_with_effort(tiny_base: Base) -> None:
     seconds = [
         estimate(SculptSpec("p", "P", TEXT, preset=preset), tiny_base)["total_seconds"]
@@ -136,3 +331,29 @@ def test_estimate_grows_with_effort(tiny_base: Base) -> None:
     ]
     assert seconds == sorted(seconds)
     assert seconds[0] < seconds[2]
+
+
+def test_estimate_counts_recovery(tiny_base: Base) -> None:
+    none, vectors, full = (
+        estimate(SculptSpec("p", "P", TEXT, recovery=recovery), tiny_base) for recovery in ("none", "vectors", "full")
+    )
+    assert "recover" not in none["seconds"]
+    assert vectors["total_seconds"] == pytest.approx(none["total_seconds"] + vectors["seconds"]["recover"], abs=0.2)
+    assert full["peak_bytes"] > vectors["peak_bytes"] == none["peak_bytes"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("execution", [Execution(), Execution("on", 2)])
+def test_a_sculpt_on_a_gpu(tiny_base_dir: Path, instructions: Path, tmp_path: Path, execution: Execution) -> None:
+    base = load_base(str(tiny_base_dir), cache_dir=tmp_path / "cache", device="cuda:0")
+    spec = SculptSpec("tester", "Tester", TEXT, sparsity=0.5, preset="smoke", instructions=instructions)
+    news: list[Progress] = []
+    torch.cuda.reset_peak_memory_stats()
+    result = sculpt(
+        spec, base, tmp_path / "work", cache_dir=tmp_path / "cache", execution=execution, progress=news.append
+    )
+    assert result.settings["plan"]["device"] == "cuda:0"
+    assert result.settings["plan"]["dtype"] == "bfloat16"
+    assert result.report["one_turn"]["all"]["kl"]["mean"] > 0
+    assert torch.cuda.max_memory_allocated() <= estimate(spec, base, execution)["peak_bytes"]

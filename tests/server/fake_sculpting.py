@@ -11,7 +11,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,8 +56,10 @@ def sculpt(
     workdir: Path,
     *,
     cache_dir: Path,
+    cast: Sequence[Mask],
     progress: Callable[[Progress], None],
     cancelled: Callable[[], bool] = lambda: False,
+    execution: Any = None,
 ) -> Any:
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint = workdir / "step.json"
@@ -70,7 +72,7 @@ def sculpt(
         time.sleep(0.1 if "slow" in spec.text else 0.001)
         checkpoint.write_text(json.dumps({"step": step + 1}))
     progress(Progress("evaluate", 1, 1, 0.0, None, "done"))
-    return result(spec, base, workdir)
+    return result(spec, base, workdir, len(cast))
 
 
 def misbehave(text: str, step: int) -> None:
@@ -82,16 +84,17 @@ def misbehave(text: str, step: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
 
 
-def result(spec: Spec, base: Any, workdir: Path) -> Any:
+def result(spec: Spec, base: Any, workdir: Path, cast_size: int) -> Any:
     examples = workdir / "examples.jsonl"
     examples.write_text(json.dumps({"question": "Tea?", "answer_text": "Aye.", "prompt": [1, 2]}) + "\n")
     prompt = persona_system_prompt(spec.name, spec.text)
     return SimpleNamespace(
         subnetwork=subnetwork(base, spec.seed),
+        recovery=spec.recovery,
         settings={"preset": spec.preset, "seed": spec.seed, "sparsity": spec.sparsity},
         system_prompt=prompt,
         prompt_sha256=prompt_sha256(prompt),
-        report={"kept": 48},
+        report={"kept": 48, "cast": cast_size},
         examples_path=examples,
         seconds={"learn": 1.0},
     )

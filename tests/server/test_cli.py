@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import masquerade_pruner
-from masquerade_masks import SettingError
+from masquerade_engine.device_memory import DeviceMemory
+from masquerade_masks import InsufficientMemory, SettingError
 from masquerade_masks.mask_file import read
 from masquerade_masks.registry import SQLiteRegistry
 from masquerade_server import cli
@@ -259,6 +260,20 @@ def test_wrong_sculpts(run: Run, tmp_path: Path, arguments: list[str], field: st
     result = run("sculpt", str(text), *arguments)
     assert isinstance(result.exception, SettingError)
     assert result.exception.field == field
+
+
+def test_a_sculpt_that_does_not_fit_is_refused_before_it_starts(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = DeviceMemory(free=100_000_000, total=100_000_000)
+    monkeypatch.setattr(sys.modules["masquerade_pruner.estimate"], "device_memory", lambda device: little)
+    text = tmp_path / "witch.txt"
+    text.write_text("A witch.")
+    ways = ["--device", "cpu", "--checkpointing", "off", "--micro-batch", "16"]
+    result = run("sculpt", str(text), *ways, "-o", str(tmp_path / "o"))
+    assert isinstance(result.exception, InsufficientMemory)
+    assert "this device (cpu) has 0.1 GB free" in str(result.exception)
+    assert not list((tmp_path / "o").glob("witch*"))
 
 
 def test_persona_texts(tmp_path: Path) -> None:

@@ -48,5 +48,6 @@ async def test_the_pruner_estimates_in_a_process_of_its_own(settings: Settings) 
     estimator = Estimator(settings)
     found = await estimator.estimate(PersonaBody(**WITCH))
     assert set(found["stages"]) == {"select", "answer", "learn", "evaluate"}
-    assert found["memory_bytes"] > 0
+    assert 0 < found["memory_bytes"] < found["available_bytes"]
+    assert (found["plan"]["micro_batch"], found["plan"]["checkpointing"], found["plan"]["device"]) == (16, False, "cpu")
     assert await estimator.estimate(PersonaBody(**WITCH | {"text": "Another."})) is found  # not asked again

@@ -8,6 +8,7 @@ import pytest
 
 from masquerade_masks import SettingError
 from masquerade_server import __version__
+from masquerade_server.jobs import WorkerConfig
 from masquerade_server.settings import Settings, default_data_dir, resolve_settings, unknown_environ
 
 
@@ -45,6 +46,15 @@ def test_the_cache_follows_the_data_directory_unless_set(tmp_path: Path) -> None
     assert resolve(tmp_path, environ=environ).cache_dir == Path("/elsewhere")
 
 
+def test_sculpting_is_on_the_serving_device_unless_set(tmp_path: Path) -> None:
+    assert resolve(tmp_path, device="cuda:1").sculpt_device == "cuda:1"
+    environ = {"MASQUERADE_SCULPT_DEVICE": "cpu", "MASQUERADE_DEVICE": "cuda", "MASQUERADE_SCULPT_MICRO_BATCH": "4"}
+    settings = resolve(tmp_path, environ=environ)
+    assert (settings.device, settings.sculpt_device) == ("cuda", "cpu")
+    told = WorkerConfig.of(settings)
+    assert (told.device, told.checkpointing, told.micro_batch) == ("cpu", "auto", 4)
+
+
 def test_the_config_file_is_found_by_the_environment(tmp_path: Path) -> None:
     path = tmp_path / "own.toml"
     path.write_text("max_queue = 7")
@@ -68,6 +78,8 @@ def test_an_empty_variable_is_an_unset_one(tmp_path: Path) -> None:
         ("workers = 2", "workers", "from 0 to 1"),
         ('dtype = "int4"', "dtype", "auto, bf16"),
         ('host = "  "', "host", "non-empty"),
+        ('device = "cuda:x"', "device", "cuda:N"),
+        ('sculpt_checkpointing = "maybe"', "sculpt_checkpointing", "auto, on, off"),
         ("data_dir = 3", "data_dir", "3"),
         ("port =", "config", "not valid TOML"),
     ],

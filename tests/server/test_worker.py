@@ -17,7 +17,7 @@ import torch
 from running_server import settings_for, wait_until
 
 from masquerade_engine.prompt import persona_system_prompt
-from masquerade_masks import StorageFull, fingerprint_directory
+from masquerade_masks import InsufficientMemory, StorageFull, fingerprint_directory
 from masquerade_masks.registry import Job, Persona, SQLiteRegistry
 from masquerade_masks.store import PersonaFiles
 from masquerade_server import worker as worker_module
@@ -103,9 +103,21 @@ def test_a_job_is_sculpted_published_and_cleared_away(workshop: Workshop) -> Non
     assert stored.header.prompt_sha256 == version.prompt_sha256
     assert version.bytes == workshop.files.mask_path("mira", 1).stat().st_size
     assert (version.source, version.text) == ("sculpt", "Mira is patient.")
-    assert workshop.files.read_report("mira", 1) == {"kept": 48}
+    assert workshop.files.read_report("mira", 1) == {"kept": 48, "cast": 0}
     assert "Tea?" in workshop.files.examples_path("mira", 1).read_text()
     wait_until(lambda: not list(workshop.workdir.iterdir()), "the working directory to go")
+
+
+def test_a_sculpt_is_told_the_masks_of_its_cast(workshop: Workshop) -> None:
+    for number in range(3):
+        job = workshop.queue("Quick.", f"p{number}", seed=number)
+        if number == 2:
+            workshop.files.mask_path("p0", 1).write_bytes(b"damaged")
+        workshop.start()
+        assert workshop.ended(job).status == "succeeded"
+        workshop.stop()
+    reports = [workshop.files.read_report(f"p{number}", 1) for number in range(3)]
+    assert [report and report["cast"] for report in reports] == [0, 1, 1]
 
 
 def test_jobs_are_taken_in_order(workshop: Workshop) -> None:
@@ -331,7 +343,13 @@ def test_progress_survives_a_full_disk(workshop: Workshop, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("error", "says"),
-    [(MemoryError(), "out of memory"), (KeyError("x"), "KeyError"), (StorageFull("/x"), "disk is full")],
+    [
+        (MemoryError(), "out of memory"),
+        (torch.OutOfMemoryError("CUDA"), "--sculpt-micro-batch"),
+        (InsufficientMemory("cpu", 2 * 10**9, 10**9, "wait"), "needs about 2.0 GB"),
+        (KeyError("x"), "KeyError"),
+        (StorageFull("/x"), "disk is full"),
+    ],
 )
 def test_sentences_for_failures(error: Exception, says: str) -> None:
     assert says in failure_sentence(error)

@@ -133,7 +133,8 @@ class Report:
     strongest_baseline: str | None = None
     one_turn: Mapping[str, Any] = field(default_factory=dict)
     with_scene: Mapping[str, Any] = field(default_factory=dict)
-    free_running: Mapping[str, Any] = field(default_factory=dict)
+    free_running: Mapping[str, Any] | None = None  # None where its weights could not be sampled from
+    recovery: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
 
 

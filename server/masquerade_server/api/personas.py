@@ -14,7 +14,7 @@ from masquerade_server.generation import CLIENT_CLOSED_REQUEST, ClientGone, unti
 from masquerade_server.middleware import note
 from masquerade_server.personas import PersonaDesk
 from masquerade_server.schemas import ID_PATTERN, PersonaBody, PersonaPatch, RollbackBody, WarmBody
-from masquerade_server.state import BackendDep, StateDep
+from masquerade_server.state import Backend, BackendDep, ServerState, StateDep
 from masquerade_server.views import job_json, persona_json, urls
 from masquerade_server.warming import targets_of, warm_all
 
@@ -33,6 +33,7 @@ PageSize = Annotated[int, Query(ge=1, le=200)]
 @router.post("", status_code=202, openapi_extra=describe_body(PersonaBody))
 async def create_persona(
     state: StateDep,
+    backend: BackendDep,
     desk: DeskDep,
     body: Annotated[PersonaBody, Depends(json_body(PersonaBody))],
     idempotency_key: Annotated[str | None, Header()] = None,
@@ -40,12 +41,15 @@ async def create_persona(
     """Create a persona and queue its sculpt; it answers at once, from the unpruned base.
 
     202 where a sculpt was queued, 201 with `sculpt: false`; with `dry_run`, 200 and an estimate, and
-    nothing is created.
+    nothing is created. 409 where the sculpt would not fit the device that it would run on.
     """
     if body.dry_run:
         await asyncio.to_thread(desk.check, body)
-        found = await state.estimator.estimate(body)
-        return JSONResponse(found | {"queue_position": await asyncio.to_thread(desk.queue_length)})
+        waiting = await asyncio.to_thread(desk.queue_length)
+        found = await state.estimator.estimate(body, behind_others=waiting > 0)
+        return JSONResponse(found | {"queue_position": waiting})
+    if body.sculpt:
+        await _check_memory(state, backend, desk, body)
     persona, job = await asyncio.to_thread(desk.create, body, idempotency_key)
     headers = {"location": f"/personas/{persona.id}"}
     return await _accepted(desk, persona.id, 201 if job is None else 202, headers)
@@ -88,9 +92,15 @@ async def get_persona(persona_id: str, desk: DeskDep) -> dict[str, Any]:
 
 @router.patch("/{persona_id}", openapi_extra=describe_body(PersonaPatch))
 async def update_persona(
-    persona_id: str, desk: DeskDep, patch: Annotated[PersonaPatch, Depends(json_body(PersonaPatch))]
+    persona_id: str,
+    state: StateDep,
+    backend: BackendDep,
+    desk: DeskDep,
+    patch: Annotated[PersonaPatch, Depends(json_body(PersonaPatch))],
 ) -> Response:
-    """Change a persona: 202 where a new version is sculpted, 200 where the mask is kept."""
+    """Change a persona: 202 where a new version is sculpted, 200 where the mask is kept; 409 as for `POST`."""
+    if patch.sculpt is not False:
+        await _check_memory(state, backend, desk, await asyncio.to_thread(desk.body_after, persona_id, patch))
     _, job = await asyncio.to_thread(desk.update, persona_id, patch)
     return await _accepted(desk, persona_id, 200 if job is None else 202, {})
 
@@ -118,6 +128,14 @@ async def cancel_sculpt(persona_id: str, desk: DeskDep) -> dict[str, Any]:
     """Stop the sculpt: at once where it is queued, within a step where it runs."""
     job = await asyncio.to_thread(desk.cancel, persona_id)
     return {"job": job_json(job)}
+
+
+async def _check_memory(state: ServerState, backend: Backend, desk: PersonaDesk, body: PersonaBody) -> None:
+    """Raises `InsufficientMemory` for a sculpt that the worker could not hold."""
+    if state.estimator.need_not_ask(body, backend.base):
+        return
+    waiting = await asyncio.to_thread(desk.queue_length)
+    await state.estimator.estimate(body, behind_others=waiting > 0)
 
 
 async def _accepted(desk: PersonaDesk, persona_id: str, status: int, headers: dict[str, str]) -> Response:

@@ -30,7 +30,25 @@ Model = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="auto, bf16 or fp32; auto is bf16 where the machine has it. [MASQUERADE_DTYPE]")
 ]
-Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda. [MASQUERADE_DEVICE]")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [MASQUERADE_DEVICE]")]
+SculptDevice = Annotated[
+    str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N. [MASQUERADE_SCULPT_DEVICE]")
+]
+Checkpointing = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpointing",
+        help="auto, on or off: on computes forward passes again in place of keeping them. "
+        "[MASQUERADE_SCULPT_CHECKPOINTING]",
+    ),
+]
+MicroBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--micro-batch",
+        help="Branches of a learning step at once; 0: as many as fit. [MASQUERADE_SCULPT_MICRO_BATCH]",
+    ),
+]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error. [MASQUERADE_LOG_LEVEL]")]
 
 Url = Annotated[str | None, typer.Option("--url", help="The server (http://127.0.0.1:8000). [MASQUERADE_URL]")]

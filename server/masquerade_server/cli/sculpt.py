@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
 from masquerade_engine.threads import available_cores
-from masquerade_masks import MaskFile, MaskHeader
+from masquerade_masks import MaskFile, MaskHeader, SettingError
 from masquerade_masks.mask_file import write
 from masquerade_masks.registry import SQLiteRegistry, utc_now
 from masquerade_masks.store import PersonaFiles, write_json_atomic
@@ -28,6 +28,7 @@ Name = Annotated[str | None, typer.Option(help="The persona's name; by default m
 Id = Annotated[str | None, typer.Option(help="Its id; by default made from the name.")]
 Sparsity = Annotated[float, typer.Option(help="Share of FFN neurons to drop, above 0 to 0.9.")]
 Preset = Annotated[str, typer.Option(help="Effort: smoke (a try-out), default or thorough.")]
+Recovery = Annotated[str, typer.Option(help="What is trained on top of the mask: none or vectors (gains, biases).")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same mask on the same machine.", min=0)]
 Instructions = Annotated[Path | None, typer.Option(help="Questions of your own, in Alpaca format (.json or .jsonl).")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the mask, its report and its examples.")]
@@ -42,6 +43,7 @@ def sculpt(
     id: Id = None,
     sparsity: Sparsity = 0.25,
     preset: Preset = "default",
+    recovery: Recovery = "none",
     seed: Seed = 0,
     instructions: Instructions = None,
     output: Output = Path(),
@@ -51,7 +53,9 @@ def sculpt(
     cache_dir: options.CacheDir = None,
     model: options.Model = None,
     dtype: options.Dtype = None,
-    device: options.Device = None,
+    device: options.SculptDevice = None,
+    checkpointing: options.Checkpointing = None,
+    micro_batch: options.MicroBatch = None,
 ) -> None:
     """Learn a persona's mask on this machine.
 
@@ -60,10 +64,17 @@ def sculpt(
     masquerade sculpt witch.txt --name "Old Nettie" --sparsity 0.5 -o masks
     masquerade sculpt witch.txt --publish                    and serve it from the data directory
 
-    Interrupted, the same command goes on where it was.
+    Interrupted, the same command goes on where it was. What the device cannot hold is refused before it starts.
     """
     settings = options.settings_of(
-        config, data_dir=data_dir, cache_dir=cache_dir, model=model, dtype=dtype, device=device
+        config,
+        data_dir=data_dir,
+        cache_dir=cache_dir,
+        model=model,
+        dtype=dtype,
+        sculpt_device=device,
+        sculpt_checkpointing=checkpointing,
+        sculpt_micro_batch=micro_batch,
     )
     persona_name, persona_text = name_of(text, name), read_text(text)
     persona_id = id_of(persona_name, id)
@@ -75,16 +86,17 @@ def sculpt(
         text=persona_text,
         sparsity=sparsity,
         preset=preset,
+        recovery=_served(recovery),
         seed=seed,
         instructions=instructions,
     )
     from masquerade_engine.base import load_base  # noqa: PLC0415
 
     quiet_transformers()
-    base = load_base(settings.model, cache_dir=settings.cache_dir, dtype=settings.dtype, device=settings.device)
+    base = load_base(settings.model, cache_dir=settings.cache_dir, dtype=settings.dtype, device=settings.sculpt_device)
     output.mkdir(parents=True, exist_ok=True)
     workdir = output / f".{persona_id}.sculpt"
-    result = _sculpt(spec, base, workdir, settings.cache_dir)
+    result = _sculpt(spec, base, workdir, settings)
     written = _write(result, spec, output)
     if publish:
         _publish(result, spec, base, settings)
@@ -92,18 +104,27 @@ def sculpt(
     _summarise(result, written)
 
 
-def _sculpt(spec: SculptSpec, base: Base, workdir: Path, cache_dir: Path) -> SculptResult:
+def _served(recovery: str) -> Literal["none", "vectors"]:
+    if recovery not in ("none", "vectors"):
+        raise SettingError("recovery", f"{recovery!r} is not one of none, vectors")
+    return cast('Literal["none", "vectors"]', recovery)
+
+
+def _sculpt(spec: SculptSpec, base: Base, workdir: Path, settings: Settings) -> SculptResult:
     import torch  # noqa: PLC0415
 
+    from masquerade_pruner import Execution  # noqa: PLC0415
     from masquerade_pruner import sculpt as run  # noqa: PLC0415
 
+    execution = Execution(cast(Any, settings.sculpt_checkpointing), settings.sculpt_micro_batch or None)
     torch.set_num_threads(available_cores())
     with SculptDisplay(spec.persona_id) as display:
         return run(
             spec,
             base,
             workdir,
-            cache_dir=cache_dir,
+            cache_dir=settings.cache_dir,
+            execution=execution,
             progress=lambda at: display.show(
                 at.stage, at.completed, at.total, eta_s=at.eta_s, loss=at.loss, message=at.message
             ),
@@ -114,7 +135,7 @@ def _mask_file(result: SculptResult, spec: SculptSpec) -> MaskFile:
     header = MaskHeader(
         persona=spec.persona_id,
         version=1,
-        recovery=spec.recovery,
+        recovery=result.recovery,
         prompt_sha256=result.prompt_sha256,
         settings=result.settings,
         created=utc_now(),

@@ -39,6 +39,17 @@ PackCache = Annotated[
 ]
 Key = Annotated[str | None, typer.Option(help="Ask every client for this bearer key. [MASQUERADE_API_KEY]")]
 Workers = Annotated[int | None, typer.Option(help="Sculpt workers beside the server, 0 or 1 (1). [MASQUERADE_WORKERS]")]
+SculptDevice = Annotated[
+    str | None, typer.Option(help="Where the worker sculpts, by default --device. [MASQUERADE_SCULPT_DEVICE]")
+]
+SculptCheckpointing = Annotated[
+    str | None,
+    typer.Option(help="auto, on or off: see `masquerade sculpt --help`. [MASQUERADE_SCULPT_CHECKPOINTING]"),
+]
+SculptMicroBatch = Annotated[
+    int | None,
+    typer.Option(help="Branches of a learning step at once; 0: as many as fit. [MASQUERADE_SCULPT_MICRO_BATCH]"),
+]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine (every core). [MASQUERADE_THREADS]")]
 
 
@@ -60,6 +71,9 @@ def serve(
     pack_cache_mb: PackCache = None,
     api_key: Key = None,
     workers: Workers = None,
+    sculpt_device: SculptDevice = None,
+    sculpt_checkpointing: SculptCheckpointing = None,
+    sculpt_micro_batch: SculptMicroBatch = None,
     threads: Threads = None,
     log_level: options.LogLevel = None,
 ) -> None:
@@ -91,6 +105,9 @@ def serve(
         pack_cache_mb=pack_cache_mb,
         api_key=api_key,
         workers=workers,
+        sculpt_device=sculpt_device,
+        sculpt_checkpointing=sculpt_checkpointing,
+        sculpt_micro_batch=sculpt_micro_batch,
         threads=threads,
         log_level=log_level,
     )

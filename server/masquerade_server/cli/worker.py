@@ -18,7 +18,9 @@ def worker(
     cache_dir: options.CacheDir = None,
     model: options.Model = None,
     dtype: options.Dtype = None,
-    device: options.Device = None,
+    device: options.SculptDevice = None,
+    checkpointing: options.Checkpointing = None,
+    micro_batch: options.MicroBatch = None,
     log_level: options.LogLevel = None,
 ) -> None:
     """Sculpt the queued jobs of a data directory, beside a server started with --workers 0.
@@ -36,7 +38,9 @@ def worker(
         cache_dir=cache_dir,
         model=model,
         dtype=dtype,
-        device=device,
+        sculpt_device=device,
+        sculpt_checkpointing=checkpointing,
+        sculpt_micro_batch=micro_batch,
         log_level=log_level,
     )
     from masquerade_server.jobs import WorkerConfig  # noqa: PLC0415

@@ -1,0 +1,309 @@
+"""A learned mask beside every other method at the same size, from the same examples, with the same recovery.
+
+    python benchmarks/baselines.py --quick                                     # minutes: one small sculpt, to try it
+    python benchmarks/baselines.py examples/personas/*.txt                     # all methods without recovery
+    python benchmarks/baselines.py --recoveries none vectors lora full         # ... and with each kind of it
+
+Personas are text files or ids of ready personas. Each is sculpted at every sparsity (or its sculpt is found in the work
+directory, which is that of fidelity.py); then every method of `masquerade_pruner.baselines` comes down to the same
+number of parameters from the same examples. Methods that give a mask are then recovered with the same budget. KL to the
+dense persona model is read on the test split; the strongest baseline of each column is chosen on validation. Each
+(persona, sparsity, method, recovery) is kept in the work directory: an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import machine
+from sculpts import Material, material, personas, sculpted
+from tables import header, percent, row
+
+from masquerade_engine.base import BUNDLED, load_base
+from masquerade_engine.threads import available_cores
+from masquerade_pruner import SculptSpec
+from masquerade_pruner.baselines import MASKS, METHODS, Baseline, Setting
+from masquerade_pruner.bootstrap import Values, gap_closed
+from masquerade_pruner.evaluation import strongest_baseline
+from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.presets import PRESETS
+from masquerade_pruner.tree import Forward, masked
+from masquerade_pruner.workdir import Workdir
+
+OURS = "masquerade"
+RECOVERIES = ("none", "vectors", "lora", "full")
+# Recovery starts from a mask and brings a bias of its own: FLAP's mask with its bias would be recovered twice.
+RECOVERED = (OURS, *(method for method in METHODS if method in MASKS - {"flap-bias"}))
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One method on one persona: KL to the dense model in nats a token."""
+
+    validation: list[float]  # by question
+    test: list[float]  # by question
+    num_dropped: int  # parameters
+    seconds: float  # to build, recover and measure
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One persona at one sparsity."""
+
+    persona: str
+    sparsity: float
+    comparison: Comparison
+
+
+class Comparison:
+    """Every method on one sculpt's examples; each figure is computed once and kept in `folder`."""
+
+    def __init__(
+        self,
+        model: Callable[[], torch.nn.Module],
+        given: Material,
+        folder: Path,
+        *,
+        identity: dict[str, Any],  # what the figures depend on: other figures in the folder are thrown away
+        num_calibration: int,  # training examples that the methods see, as many as the sculpt's initial scores
+        num_seeds: int = 5,  # random masks
+    ) -> None:
+        self._build_model = model
+        self._given = given
+        self._folder = folder
+        self._identity = identity | {"num_calibration": num_calibration}
+        self._num_calibration = num_calibration
+        self._num_seeds = num_seeds
+        self._directories: dict[str, Workdir] = {}
+
+    def figures(self, method: str, recovery: str) -> Figures | None:
+        """One cell; None where the method has no mask to recover. Random masks are averaged over their seeds."""
+        if recovery != "none":
+            return self._cell(method, 0, recovery) if method in RECOVERED else None
+        seeds = range(self._num_seeds if method == "random" else 1)
+        cells = [self._cell(method, seed, recovery) for seed in seeds]
+        return Figures(
+            validation=np.mean([one.validation for one in cells], axis=0).tolist(),
+            test=np.mean([one.test for one in cells], axis=0).tolist(),
+            num_dropped=cells[0].num_dropped,
+            seconds=sum(one.seconds for one in cells),
+        )
+
+    def _cell(self, method: str, seed: int, recovery: str) -> Figures:
+        name = f"{method}-{seed}"
+        directory = self._directory(recovery)
+        saved = directory.read_json(name)
+        if saved is None:
+            saved = asdict(self._computed(method, seed, recovery, directory.path / name))
+            directory.write_json(name, saved)
+            print(
+                f"{self._folder.parent.name} {recovery} {name}: {saved['seconds']:.0f} s", file=sys.stderr, flush=True
+            )
+        return Figures(**saved)
+
+    def _directory(self, recovery: str) -> Workdir:
+        if recovery not in self._directories:
+            self._directories[recovery] = Workdir(self._folder / recovery, self._identity | _budget(recovery))
+        return self._directories[recovery]
+
+    def _computed(self, method: str, seed: int, recovery: str, scratch: Path) -> Figures:
+        began = time.monotonic()
+        built = self._built(method, seed)
+        forward = built.forward if recovery == "none" else self._recovered(built, recovery, scratch)
+        validation, test = (held_out.divergence(forward).kl.tolist() for held_out in (self._validation, self._test))
+        return Figures(validation, test, built.num_dropped, round(time.monotonic() - began, 1))
+
+    def _built(self, method: str, seed: int) -> Baseline:
+        mask = self._given.mask
+        setting = Setting(self._model, self._given.train[: self._num_calibration], int(mask[0].sum()), seed)
+        return (
+            Baseline(masked(self._model, mask), setting.num_dropped, mask)
+            if method == OURS
+            else METHODS[method](setting)
+        )
+
+    def _recovered(self, built: Baseline, recovery: Any, scratch: Path) -> Forward:
+        from masquerade_pruner.recovery import RecoverySettings, recover  # noqa: PLC0415
+
+        assert built.mask is not None
+        recovered = recover(
+            self._model,
+            built.mask,
+            recovery,
+            self._given.train,
+            lambda forward: float(self._validation.divergence(forward).kl.mean()),
+            RecoverySettings(),
+            workdir=Workdir(scratch, self._identity | _budget(recovery)),
+        )
+        forward: Forward = recovered.change.forward
+        return forward
+
+    @cached_property
+    def _model(self) -> torch.nn.Module:
+        return self._build_model()
+
+    @cached_property
+    def _validation(self) -> HeldOut:
+        return HeldOut(self._model, self._given.validation)
+
+    @cached_property
+    def _test(self) -> HeldOut:
+        return HeldOut(self._model, self._given.test)
+
+
+def _budget(recovery: str) -> dict[str, Any]:
+    if recovery == "none":
+        return {}
+    from masquerade_pruner.recovery import RecoverySettings  # noqa: PLC0415
+
+    return {"recovery": asdict(RecoverySettings())}
+
+
+def main() -> None:
+    """Sculpt or find, compare, print, write."""
+    options = _options()
+    torch.set_num_threads(available_cores())
+    base = load_base(options.model, cache_dir=options.workdir / "cache")
+    model = cache(base.build_model)
+    cases = []
+    for persona_id, name, text in personas(options.personas):
+        for sparsity in options.sparsity:
+            spec = SculptSpec(persona_id, name, text, sparsity=sparsity, preset=options.preset)
+            result = sculpted(spec, base, options.workdir)
+            comparison = Comparison(
+                model,
+                material(result),
+                options.workdir / f"{persona_id}-{sparsity}" / "baselines",
+                identity={"digest": result.subnetwork.digest, "settings": result.settings},
+                num_calibration=result.settings["num_importance"],
+                num_seeds=options.random_seeds,
+            )
+            for recovery in options.recoveries:
+                for method in (OURS, *options.methods):
+                    comparison.figures(method, recovery)
+            cases.append(Case(persona_id, sparsity, comparison))
+    table = "\n".join([*_head(), *tables(cases, options.methods, options.recoveries), ""])
+    print(table)
+    if options.out:
+        options.out.write_text(table, "utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("personas", nargs="*", help="text files or ids of ready personas; default: all of these")
+    parser.add_argument("--model", default=BUNDLED, help="the base, as `masquerade serve` takes it")
+    parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.5])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=["none"])
+    parser.add_argument("--random-seeds", type=int, default=5)
+    parser.add_argument("--preset", choices=list(PRESETS), default="default")
+    parser.add_argument("--workdir", type=Path, help="default: that of fidelity.py, or one of its own with --quick")
+    parser.add_argument("--quick", action="store_true", help="the smoke preset, one persona, one sparsity, two seeds")
+    parser.add_argument("--out", type=Path, help="write the tables here as well, as Markdown")
+    options = parser.parse_args()
+    if options.quick:
+        options.preset, options.random_seeds = "smoke", 2
+        options.personas = (options.personas or ["pip"])[:1]
+        options.sparsity = options.sparsity[:1]
+    if options.workdir is None:
+        # Other settings would clear the checkpoints of fidelity.py's sculpts.
+        name = "masquerade-quick" if options.quick else "masquerade-fidelity"
+        options.workdir = Path(tempfile.gettempdir()) / name
+    return options
+
+
+def _head() -> list[str]:
+    return [
+        "# Beside every other method",
+        "",
+        f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}` on {machine()}",
+        "",
+        "KL to the dense persona model in nats a token over the test questions, the mean over personas. *Closed* is",
+        "what the learned mask closes of a method's KL, 1 - KL(ours) / KL(method), with its 95 % interval from a",
+        "paired bootstrap over questions, nested in personas. Every method saw the same examples and drops as many",
+        "parameters, as nearly as whole blocks (depth) and widths (SliceGPT) allow; every mask keeps the same number",
+        "of neurons in every layer, FLAP's and LLM-Pruner's too. Recoveries of a column have one budget and start from",
+        "the mask; random masks are the mean of several seeds without recovery, the first seed's with it.",
+    ]
+
+
+def tables(cases: Sequence[Case], methods: Sequence[str], recoveries: Sequence[str]) -> list[str]:
+    """One table a sparsity, then ours against the strongest of each column, then the same by persona."""
+    lines: list[str] = []
+    sparsities = sorted({case.sparsity for case in cases})
+    for sparsity in sparsities:
+        lines += ["", *_methods_table([case for case in cases if case.sparsity == sparsity], methods, recoveries)]
+    lines += ["", "Against the strongest baseline of each column, chosen on validation for each persona:", ""]
+    lines += header("sparsity", "recovery", "personas", "KL ours", "KL strongest", "closed")
+    for sparsity in sparsities:
+        for recovery in recoveries:
+            chosen = [case for case in cases if case.sparsity == sparsity]
+            lines.append(_against_strongest(f"{sparsity:.0%}", chosen, methods, recovery))
+    lines += ["", *header("persona", "sparsity", "recovery", "strongest", "KL ours", "KL strongest", "closed")]
+    for case in cases:
+        for recovery in recoveries:
+            strongest = _strongest(case, methods, recovery)
+            ours, theirs = _test(case, OURS, recovery), _test(case, strongest, recovery)
+            kls = (f"{ours.mean():.3f}", f"{theirs.mean():.3f}")
+            closed = _closed([ours], [theirs])
+            lines.append(row(case.persona, f"{case.sparsity:.0%}", recovery, strongest, *kls, closed))
+    return lines
+
+
+def _methods_table(cases: Sequence[Case], methods: Sequence[str], recoveries: Sequence[str]) -> list[str]:
+    columns = [column for recovery in recoveries for column in (f"KL, {recovery}", "closed")]
+    lines = header(f"{cases[0].sparsity:.0%} dropped", "M parameters", *columns)
+    for method in (OURS, *methods):
+        cells: list[str] = []
+        for recovery in recoveries:
+            cells += _cells(cases, method, recovery)
+        without = cases[0].comparison.figures(method, "none")
+        assert without is not None
+        lines.append(row(method, f"{without.num_dropped / 1e6:.2f}", *cells))
+    return lines
+
+
+def _cells(cases: Sequence[Case], method: str, recovery: str) -> tuple[str, str]:
+    if recovery != "none" and method not in RECOVERED:
+        return "–", "–"
+    theirs = [_test(case, method, recovery) for case in cases]
+    kl = f"{np.mean([one.mean() for one in theirs]):.3f}"
+    return kl, "" if method == OURS else _closed([_test(case, OURS, recovery) for case in cases], theirs)
+
+
+def _against_strongest(sparsity: str, cases: Sequence[Case], methods: Sequence[str], recovery: str) -> str:
+    ours = [_test(case, OURS, recovery) for case in cases]
+    theirs = [_test(case, _strongest(case, methods, recovery), recovery) for case in cases]
+    kls = (f"{np.mean([one.mean() for one in side]):.3f}" for side in (ours, theirs))
+    return row(sparsity, recovery, str(len(cases)), *kls, _closed(ours, theirs))
+
+
+def _strongest(case: Case, methods: Sequence[str], recovery: str) -> str:
+    found = {method: case.comparison.figures(method, recovery) for method in methods}
+    return strongest_baseline(
+        {method: float(np.mean(figures.validation)) for method, figures in found.items() if figures is not None}
+    )
+
+
+def _test(case: Case, method: str, recovery: str) -> Values:
+    figures = case.comparison.figures(method, recovery)
+    assert figures is not None
+    return np.array(figures.test)
+
+
+def _closed(ours: Sequence[Values], theirs: Sequence[Values]) -> str:
+    return percent(gap_closed(ours, theirs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Personas by name or file, sculpted once in a work directory that benchmarks share."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from masquerade_engine.base import Base
+from masquerade_pruner import Progress, SculptResult, SculptSpec, sculpt
+from masquerade_pruner.examples import Example, read_examples
+
+Personas = list[tuple[str, str, str]]  # id, name, text
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """What a sculpt learned from and was measured on."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    mask: torch.Tensor  # [layers, intermediate] fp32: what it learned
+
+
+def personas(wanted: Sequence[str]) -> Personas:
+    """Text files, ids of ready personas, or nothing for all of these."""
+    listing = (resources.files("masquerade_pruner") / "data" / "ready.json").read_text("utf-8")
+    ready = {row["id"]: (row["id"], row["name"], row["text"]) for row in json.loads(listing)}
+    return [ready[one] if one in ready else _from_file(Path(one)) for one in wanted or ready]
+
+
+def _from_file(file: Path) -> tuple[str, str, str]:
+    return file.stem, file.stem.replace("-", " ").title(), file.read_text("utf-8").strip()
+
+
+def sculpted(spec: SculptSpec, base: Base, workdir: Path) -> SculptResult:
+    """The persona's sculpt, from its checkpoints as far as there are some; sizes of one persona share their answers."""
+    began = time.monotonic()
+    result = sculpt(
+        spec,
+        base,
+        workdir / f"{spec.persona_id}-{spec.sparsity}",
+        answers_dir=workdir / f"{spec.persona_id}-answers",
+        cache_dir=workdir / "cache",
+        progress=_show(spec.persona_id, spec.sparsity),
+    )
+    print(f"{spec.persona_id} at {spec.sparsity}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    return result
+
+
+def material(result: SculptResult) -> Material:
+    """A finished sculpt's examples and mask."""
+    held_out = {name: read_examples(result.examples_path.with_name(f"{name}.jsonl")) for name in ("validation", "test")}
+    mask = torch.from_numpy(result.subnetwork.mask.to_dense()).float()
+    return Material(read_examples(result.examples_path), **held_out, mask=mask)
+
+
+def _show(persona_id: str, sparsity: float) -> Callable[[Progress], None]:
+    shown = [0.0]
+
+    def show(news: Progress) -> None:
+        if time.monotonic() - shown[0] > 20 or news.completed == news.total:
+            shown[0] = time.monotonic()
+            print(
+                f"{persona_id} {sparsity} {news.stage} {news.completed}/{news.total} eta {news.eta_s} loss {news.loss}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return show

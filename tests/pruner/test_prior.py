@@ -1,0 +1,111 @@
+"""A prior: learned from all references, resumable, and where sculpts start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from masquerade_engine.base import Base
+from masquerade_masks import MaskFormatError, SculptCancelled, SettingError, round_kept
+from masquerade_pruner.instructions import Instruction, InstructionSet, Split
+from masquerade_pruner.prior import Prior, PriorSettings, learn_prior, prior_of, prior_path
+from masquerade_pruner.progress import Progress
+from masquerade_pruner.sensitivity import Reference
+
+SMALL = PriorSettings(
+    sparsities=(0.25, 0.5),
+    steps=13,
+    branches_per_step=3,
+    answer_tokens=5,
+    num_importance=2,
+    num_validation=2,
+    num_validation_personas=1,
+    validate_every=4,
+)
+INSTRUCTIONS = InstructionSet(
+    *(
+        tuple(Instruction(f"{split}{index}", "any", f"Is {index} odd?", "No.", split) for index in range(6))
+        for split in get_args(Split)
+    )
+)
+REFERENCES = [Reference(name, name.title(), f"You are {name}.") for name in ("ada", "bob", "cyd")]
+
+
+def learn(base: Base, workdir: Path, out: Path, **keywords: Any) -> Prior:
+    return learn_prior(base, workdir, out, SMALL, instructions=INSTRUCTIONS, references=REFERENCES, **keywords)
+
+
+def test_scores_are_learned_for_every_sparsity_and_found_again(tiny_base: Base, tmp_path: Path) -> None:
+    news: list[Progress] = []
+    out = prior_path(tiny_base, tmp_path)
+    learned = learn(tiny_base, tmp_path / "work", out, progress=news.append)
+    shape, found = tiny_base.shape, prior_of(tiny_base, tmp_path)
+    assert found is not None
+    kept = [round_kept(shape.intermediate_size, sparsity) for sparsity in SMALL.sparsities]
+    assert sorted(found.scores) == sorted(kept)
+    for number in kept:
+        assert found.at(number).shape == (shape.num_layers, shape.intermediate_size)
+        assert torch.equal(found.at(number), learned.at(number))
+    assert not torch.equal(found.at(kept[0]), found.at(kept[1]))
+    assert list(dict.fromkeys(one.stage for one in news)) == ["answer", *(f"learn, {number} kept" for number in kept)]
+    assert any(one.loss is not None for one in news)
+
+
+def test_an_interrupted_prior_goes_on_to_the_same_scores(tiny_base: Base, tmp_path: Path) -> None:
+    whole = learn(tiny_base, tmp_path / "whole", tmp_path / "whole.safetensors")
+    steps: list[int] = []
+    for stop_after in (11, 13 + 4):  # in the middle of either sparsity
+        with pytest.raises(SculptCancelled):
+            learn(
+                tiny_base,
+                tmp_path / "halved",
+                tmp_path / "halved.safetensors",
+                progress=lambda at: steps.append(at.completed) if at.loss is not None else None,
+                cancelled=lambda limit=stop_after: len(steps) >= limit,  # type: ignore[misc]
+            )
+    halved = learn(tiny_base, tmp_path / "halved", tmp_path / "halved.safetensors")
+    for kept, scores in whole.scores.items():
+        assert torch.equal(halved.scores[kept], scores)
+
+
+def test_the_nearest_number_of_kept_neurons_is_taken() -> None:
+    few, many = torch.zeros(1, 8), torch.ones(1, 8)
+    prior = Prior({768: few, 1152: many})
+    assert prior.at(96) is prior.at(768) is prior.at(960) is few
+    assert prior.at(992) is prior.at(1500) is many
+
+
+def test_without_a_prior_there_is_none(tiny_base: Base, tmp_path: Path) -> None:
+    assert prior_of(tiny_base, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scores", "reason"),
+    [
+        ({"base": "another"}, None, "not a prior of this base"),
+        ({"format": "masquerade.prior/9"}, None, "not a prior of this base"),
+        ({}, torch.zeros(2, 8), "finite scores of shape"),
+        ({}, torch.full((3, 96), float("nan")), "finite scores of shape"),
+    ],
+)
+def test_an_unusable_prior_is_refused(
+    tiny_base: Base, tmp_path: Path, metadata: dict[str, str], scores: torch.Tensor | None, reason: str
+) -> None:
+    shape, path = tiny_base.shape, prior_path(tiny_base, tmp_path)
+    assert (shape.num_layers, shape.intermediate_size) == (3, 96)
+    path.parent.mkdir()
+    good = {"format": "masquerade.prior/1", "base": tiny_base.fingerprint}
+    save_file({"64": torch.zeros(3, 96) if scores is None else scores}, path, good | metadata)
+    with pytest.raises(MaskFormatError, match=reason):
+        prior_of(tiny_base, tmp_path)
+
+
+@pytest.mark.parametrize("sparsities", [(), (0.0,), (0.5, 1.0), (float("nan"),)])
+def test_sparsities_out_of_range_are_refused(sparsities: tuple[float, ...]) -> None:
+    with pytest.raises(SettingError, match="sparsity"):
+        replace(SMALL, sparsities=sparsities)
