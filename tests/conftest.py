@@ -12,8 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from masquerade_masks import Attached, FFNShape
+from masquerade_masks.attached import Kind, expected_shapes
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -94,3 +98,29 @@ def bundled_base(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return load_base(cache_dir=tmp_path_factory.mktemp("bundled"), dtype="fp32", device="cpu")
     except BaseNotFound as missing:
         pytest.skip(str(missing))
+
+
+def random_attached(
+    kind: Kind,
+    shape: FFNShape,
+    kept: int,
+    *,
+    seed: int = 0,
+    rank: int = 4,
+    alpha: float = 6.0,
+    dtype: Any = np.float16,
+) -> Attached:
+    """Random attached weights, as wide as the weights of a tiny base."""
+    generator = np.random.default_rng(seed)
+    of_lora = (alpha, rank) if kind == "lora" else (None, None)
+    tensors = {
+        name: generator.normal(0, 0.15, size).astype(dtype)
+        for name, size in expected_shapes(kind, shape, kept, of_lora[1])
+    }
+    return Attached(kind, tensors, *of_lora)
+
+
+@pytest.fixture(scope="session")
+def make_attached() -> Callable[..., Attached]:
+    """`make_attached(kind, shape, kept, seed=, rank=, alpha=, dtype=)` with random content."""
+    return random_attached

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         run_gathered_ffn,
     )
     from masquerade_kernels.linear import PackedLinear
+    from masquerade_kernels.lora import LoraFactors, LoraLayer, LoraRows, lora_factors, lora_rows
     from masquerade_kernels.packs import (
         FFNLayer,
         FFNWeights,
@@ -43,6 +44,9 @@ __all__ = [
     "GatheredSegment",
     "GatheredWeights",
     "LayerPack",
+    "LoraFactors",
+    "LoraLayer",
+    "LoraRows",
     "Pack",
     "PackFacts",
     "PackFormat",
@@ -53,6 +57,8 @@ __all__ = [
     "Segment",
     "dense_pack",
     "gathered_pack",
+    "lora_factors",
+    "lora_rows",
     "member_pack",
     "persona_ffn_reference",
     "plan_step",
@@ -71,6 +77,9 @@ _MODULES = {
     "GatheredSegment": "gathered",
     "GatheredWeights": "gathered",
     "LayerPack": "packs",
+    "LoraFactors": "lora",
+    "LoraLayer": "lora",
+    "LoraRows": "lora",
     "Pack": "packs",
     "PackFacts": "planner",
     "PackFormat": "packs",
@@ -81,6 +90,8 @@ _MODULES = {
     "Segment": "planner",
     "dense_pack": "packs",
     "gathered_pack": "gathered",
+    "lora_factors": "lora",
+    "lora_rows": "lora",
     "member_pack": "packs",
     "persona_ffn_reference": "reference",
     "plan_step": "planner",

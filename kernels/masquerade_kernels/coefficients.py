@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from masquerade_kernels.lora import LoraLayer, lora_layer
 from masquerade_masks import FFNShape, SubNetwork
 
 BASE_ROW = 0
@@ -15,12 +16,17 @@ BASE_ROW = 0
 class CoefficientTable:
     """Float32 rows `[num_layers, num_rows, intermediate]`; row 0 is the base's ones.
 
+    Low-rank updates come and go with their persona's row, in `dtype`, over every neuron.
+
     Rows belong to the personas used last and are overwritten in that order, so an idle persona holds none. The
     table doubles from 8 rows up to `max_personas + 1`, and `rows_of` is asked for at most `max_personas` at once.
     """
 
-    def __init__(self, shape: FFNShape, max_personas: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: FFNShape, max_personas: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self._shape = shape
+        self._dtype = dtype
         self._max_rows = max_personas + 1
         self._device = device
         self._row_of: OrderedDict[str, int] = OrderedDict()  # least recently used first
@@ -30,6 +36,7 @@ class CoefficientTable:
         )
         self._biases: torch.Tensor | None = None  # [num_layers, num_rows, hidden], once a persona has any
         self._biased: set[str] = set()
+        self._loras: dict[str, tuple[LoraLayer, ...]] = {}
 
     def rows_of(self, subnetworks: Iterable[SubNetwork]) -> dict[str, int]:
         """The rows of these personas by digest, written where they were not there."""
@@ -52,9 +59,15 @@ class CoefficientTable:
         return self._biases[layer]
 
     @property
+    def loras(self) -> Mapping[str, tuple[LoraLayer, ...]]:
+        """The low-rank updates of personas that have a row, by digest."""
+        return self._loras
+
+    @property
     def num_bytes(self) -> int:
         """Memory the table holds."""
-        return self._scales.nbytes + (0 if self._biases is None else self._biases.nbytes)
+        loras = sum(layer.num_bytes for lora in self._loras.values() for layer in lora)
+        return self._scales.nbytes + (0 if self._biases is None else self._biases.nbytes) + loras
 
     def _free_row(self, wanted: dict[str, SubNetwork]) -> int:
         used = len(self._row_of) + 1
@@ -65,6 +78,7 @@ class CoefficientTable:
             return used
         digest = next(digest for digest in self._row_of if digest not in wanted)
         self._biased.discard(digest)
+        self._loras.pop(digest, None)
         return self._row_of.pop(digest)
 
     def _lowest_unused(self) -> int:
@@ -77,6 +91,7 @@ class CoefficientTable:
             self._biases = _with_rows(self._biases, num_rows, fill=0.0)
 
     def _write(self, row: int, subnetwork: SubNetwork) -> None:
+        assert not subnetwork.has_own_ffn, "own weights have a pack of their own"
         self._scales[:, row] = torch.from_numpy(subnetwork.coefficients()).to(self._device)
         biases = subnetwork.biases()
         if biases is not None:
@@ -87,6 +102,12 @@ class CoefficientTable:
             self._biased.add(subnetwork.digest)
         elif self._biases is not None:
             self._biases[:, row] = 0.0
+        layers = [
+            lora_layer(subnetwork, layer, None, self._dtype, self._device) for layer in range(self._shape.num_layers)
+        ]
+        lora = tuple(layer for layer in layers if layer is not None)
+        if lora:
+            self._loras[subnetwork.digest] = lora
         self._row_of[subnetwork.digest] = row
 
 

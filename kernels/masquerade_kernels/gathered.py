@@ -22,6 +22,7 @@ from masquerade_kernels.packs import FFNWeights
 from masquerade_masks import (
     EmptyLayer,
     FFNShape,
+    MaskFormatError,
     MaskIndexError,
     MaskShapeError,
     NonFiniteMask,
@@ -136,6 +137,8 @@ def gathered_pack(subnetworks: Sequence[SubNetwork], *, device: torch.device, wi
     shape = subnetworks[0].shape
     if any(subnetwork.shape != shape for subnetwork in subnetworks):
         raise MaskShapeError(f"the personas of a gathered pack are of one base; the first is of {shape}")
+    if any(subnetwork.attached for subnetwork in subnetworks):
+        raise MaskFormatError("a gathered pack reads the base's own rows, and holds no attached weights")
     members = {subnetwork.digest: subnetwork for subnetwork in subnetworks}
     rows: dict[str | None, int] = {digest: row for row, digest in enumerate(members, start=1)}
     if with_base:

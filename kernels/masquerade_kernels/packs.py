@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy.typing as npt
 import torch
 
 from masquerade_kernels.linear import Linear, pack_linear
+from masquerade_kernels.lora import LoraLayer, lora_bytes, lora_layer
 from masquerade_masks import SubNetwork
+from masquerade_masks.attached import PARTS, full_name
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -79,11 +81,13 @@ class Pack:
     layers: tuple[LayerPack, ...]
     members: tuple[str, ...] | None  # digests, in the order of the coefficients' rows; None: dense, and for anyone
     fraction: float  # |U| over all neurons, the mean over layers
+    loras: Mapping[str, tuple[LoraLayer, ...]] = field(default_factory=dict)  # by digest, of members that have some
 
     @property
     def num_bytes(self) -> int:
         """What the pack's weights hold of memory."""
-        return sum(layer.gate_up.num_bytes + layer.down.num_bytes for layer in self.layers)
+        loras = sum(layer.num_bytes for lora in self.loras.values() for layer in lora)
+        return loras + sum(layer.gate_up.num_bytes + layer.down.num_bytes for layer in self.layers)
 
 
 def dense_pack(weights: FFNWeights, form: PackFormat) -> Pack:
@@ -99,27 +103,50 @@ def member_pack(
 ) -> Pack:
     """The union of the members' masks, copied out of the base: of one member its compact pack, else a cast's.
 
-    Gains and biases stay beside the weights, in float32.
+    A member with FFN weights of its own (`full`) is alone, and its pack is made of those.
+    Gains and biases stay beside the weights, in float32, and low-rank updates in the pack's dtype.
     `between_layers` is called after each, for those who want to make way or give up (what it raises passes through).
     """
+    assert len(members) == 1 or not any(member.has_own_ffn for member in members), "own weights are shared with nobody"
     unions = union_neurons(members)
     scales = [member.coefficients() for member in members]
     biases = [member.biases() for member in members]
     layers = []
-    for index, layer in enumerate(weights.layers()):
+    loras: dict[str, list[LoraLayer]] = {}
+    for index, layer in enumerate(_layers_of(weights, members[0], unions)):
         neurons = unions[index]
-        kept = layer.select(torch.from_numpy(neurons).to(layer.gate.device))
         coefficients = np.stack([scale[index][neurons] for scale in scales])
         layers.append(
             _layer_pack(
-                kept,
+                layer,
                 form,
                 None if (coefficients == 1.0).all() else torch.from_numpy(coefficients).to(form.device),
                 _bias_rows(biases, index, form),
             )
         )
+        for member in members:
+            lora = lora_layer(member, index, neurons, form.dtype, form.device)
+            if lora is not None:
+                loras.setdefault(member.digest, []).append(lora)
         between_layers()
-    return Pack(tuple(layers), tuple(member.digest for member in members), _fraction(unions, members[0]))
+    return Pack(
+        tuple(layers),
+        tuple(member.digest for member in members),
+        _fraction(unions, members[0]),
+        {digest: tuple(lora) for digest, lora in loras.items()},
+    )
+
+
+def _layers_of(weights: FFNWeights, member: SubNetwork, unions: Sequence[npt.NDArray[np.int64]]) -> Iterator[FFNLayer]:
+    """The layers over U: the base's rows, or the member's own."""
+    if not member.has_own_ffn:
+        for neurons, layer in zip(unions, weights.layers(), strict=True):
+            yield layer.select(torch.from_numpy(neurons).to(layer.gate.device))
+        return
+    own = member.weights
+    assert own is not None, "attached weights are loaded before they are served"
+    for index in range(member.shape.num_layers):
+        yield FFNLayer(*(torch.from_numpy(own.float32(full_name(index, part))) for part in PARTS))
 
 
 def union_neurons(members: Sequence[SubNetwork]) -> list[npt.NDArray[np.int64]]:
@@ -142,10 +169,15 @@ def _rounded_up(flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def pack_bytes(members: Sequence[SubNetwork], form: PackFormat) -> int:
-    """What `member_pack` will hold: three matrices of `[|U|, hidden]` and the coefficients, a layer."""
-    num_neurons = sum(len(layer) for layer in union_neurons(members))
+    """What `member_pack` will hold: three matrices of `[|U|, hidden]`, coefficients and low-rank updates, a layer."""
+    num_neurons = (
+        members[0].mask.kept * members[0].shape.num_layers
+        if len(members) == 1
+        else sum(len(layer) for layer in union_neurons(members))
+    )
     coefficients = 4 * len(members) if len(members) > 1 or members[0].gain is not None else 0
-    return num_neurons * (3 * members[0].shape.hidden_size * form.bytes_per_weight + coefficients)
+    loras = sum(lora_bytes(member, num_neurons, form.dtype.itemsize) for member in members)
+    return loras + num_neurons * (3 * members[0].shape.hidden_size * form.bytes_per_weight + coefficients)
 
 
 def union_fraction(members: Sequence[SubNetwork]) -> float:

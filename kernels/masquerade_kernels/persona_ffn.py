@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from masquerade_kernels.coefficients import CoefficientTable
+from masquerade_kernels.lora import LoraRows
 from masquerade_kernels.packs import Pack
 from masquerade_kernels.rows import RowOps
 
@@ -22,6 +23,7 @@ class FFNSegment:
     personas: torch.Tensor | None = None  # int64 [stop - start]: each row's row of the coefficients; None: all 1
     table: CoefficientTable | None = None  # whose rows these are; None: the pack's own
     digests: frozenset[str] = frozenset()  # the personas among them, where they are the table's
+    loras: tuple[LoraRows, ...] = ()  # of the personas among them that have low-rank updates
 
     def coefficients(self, layer: int) -> torch.Tensor | None:
         """Float32 `[num_personas, |U|]`; None: all of them 1."""
@@ -50,8 +52,13 @@ def run_persona_ffn(
 
 def _run_segment(hidden: torch.Tensor, layer: int, segment: FFNSegment, rows: RowOps) -> torch.Tensor:
     pack = segment.pack.layers[layer]
-    activations = rows.swiglu(pack.gate_up(hidden), segment.coefficients(layer), segment.personas)
+    gate_up = pack.gate_up(hidden)
+    for lora in segment.loras:
+        lora.add_gate_up(layer, hidden, gate_up)
+    activations = rows.swiglu(gate_up, segment.coefficients(layer), segment.personas)
     output: torch.Tensor = pack.down(activations)
+    for lora in segment.loras:
+        lora.add_down(layer, activations, output)
     biases = segment.biases(layer)
     if biases is not None:
         assert segment.personas is not None

@@ -15,6 +15,7 @@ class Run:
     persona: str | None  # digest; None: the base
     num_tokens: int
     pinned: bool = False  # to the dense pack, whatever it costs: the request asked to be reproducible
+    own: bool = False  # the persona has FFN weights of its own: its pack alone computes it, and is resident
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class _Item:
     persona: str | None
     runs: tuple[int, ...]
     num_rows: int
+    own: bool
 
 
 def plan_step(
@@ -75,8 +77,18 @@ def plan_step(
     It starts with everything on the smallest pack that covers it all (the dense one, if no other does), or with each
     persona on the smallest of its own, whichever is cheaper. Then, as long as it lowers the step's cost, everything
     that some pack covers (or only its prompt chunks) moves there. Within a segment runs stay in the order given.
+    Runs of a persona with weights of its own have no choice: they go through the pack under its digest.
     """
     items = _items(runs)
+    own, free = [item for item in items if item.own], [item for item in items if not item.own]
+    assert all(item.persona in resident for item in own), "a sequence runs when its own weights are loaded"
+    return _segments(own + free, [item.persona for item in own] + _cheapest(runs, free, resident, costs))
+
+
+def _cheapest(
+    runs: Sequence[Run], items: Sequence[_Item], resident: Mapping[str, PackFacts], costs: RowCosts
+) -> list[str | None]:
+    """Each item's pack."""
     chunks = frozenset(i for i, item in enumerate(items) if any(runs[run].num_tokens > 1 for run in item.runs))
     useful = [key for key in resident if any(item.persona in resident[key].members for item in items)]
     together: list[str | None] = [_smallest_cover(items, resident)] * len(items)
@@ -96,21 +108,25 @@ def plan_step(
                     if trial_cost < best_cost:
                         best, best_cost = trial, trial_cost
         if best is placed:
-            return _segments(items, placed)
+            return placed
         placed, cost = best, best_cost
 
 
 def _items(runs: Sequence[Run]) -> list[_Item]:
-    """Items by persona and kind; a pinned run counts as the base's, which only the dense pack covers."""
+    """Items by persona and kind; a pinned run counts as the base's, which only the dense pack covers.
 
-    def owner(index: int) -> tuple[str, bool]:
+    One of a persona with weights of its own needs no pin: there is but one pack for it.
+    """
+
+    def owner(index: int) -> tuple[str, bool, bool]:
         run = runs[index]
-        return "" if run.pinned or run.persona is None else run.persona, run.num_tokens > 1
+        based = run.persona is None or (run.pinned and not run.own)
+        return "" if based else str(run.persona), run.num_tokens > 1, run.own
 
     items = []
-    for (persona, _), group in groupby(sorted(range(len(runs)), key=owner), key=owner):
+    for (persona, _, own), group in groupby(sorted(range(len(runs)), key=owner), key=owner):
         indices = tuple(group)
-        items.append(_Item(persona or None, indices, sum(runs[index].num_tokens for index in indices)))
+        items.append(_Item(persona or None, indices, sum(runs[index].num_tokens for index in indices), own))
     return items
 
 

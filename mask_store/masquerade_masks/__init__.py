@@ -1,7 +1,9 @@
 """Masks, mask files, fingerprints and the registry: what a persona is, and where it is kept."""
 
+from masquerade_masks.attached import Attached
 from masquerade_masks.durable import write_json_atomic
 from masquerade_masks.errors import (
+    AttachedNotFound,
     BaseMismatch,
     BaseNotFound,
     ContextTooLong,
@@ -27,11 +29,14 @@ from masquerade_masks.errors import (
     TeacherError,
     UnsupportedModel,
     VersionNotFound,
+    WeightsNotLoaded,
+    WeightsTooLarge,
 )
 from masquerade_masks.fingerprint import fingerprint_directory, fingerprint_gguf
 from masquerade_masks.keep_index import export_keep_index, import_keep_index
 from masquerade_masks.mask import FFNShape, Mask, chance_jaccard, round_kept, union
 from masquerade_masks.mask_file import MaskFile, MaskHeader
+from masquerade_masks.peft_adapter import read_peft, write_peft
 from masquerade_masks.registry import (
     FINAL_STATUSES,
     Event,
@@ -50,6 +55,8 @@ from masquerade_masks.subnetwork import FORMAT, SubNetwork
 __all__ = [
     "FINAL_STATUSES",
     "FORMAT",
+    "Attached",
+    "AttachedNotFound",
     "BaseMismatch",
     "BaseNotFound",
     "ContextTooLong",
@@ -89,14 +96,18 @@ __all__ = [
     "UnsupportedModel",
     "Version",
     "VersionNotFound",
+    "WeightsNotLoaded",
+    "WeightsTooLarge",
     "chance_jaccard",
     "check_persona_id",
     "export_keep_index",
     "fingerprint_directory",
     "fingerprint_gguf",
     "import_keep_index",
+    "read_peft",
     "round_kept",
     "union",
     "utc_now",
     "write_json_atomic",
+    "write_peft",
 ]

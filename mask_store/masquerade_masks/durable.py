@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from masquerade_masks.strict_json import dump_bytes
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | Iterable[bytes | memoryview], num_bytes: int | None = None) -> None:
     """Replace the file at `path` by `data`: readers and power cuts see the old bytes or the new ones, whole.
+
+    Of data in chunks, `num_bytes` says how many an error may name.
 
     Raises `StorageFull`; the old file stays and nothing is left beside it. Other `OSError`s pass through.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    with storage_full_as_error(path, len(data)):
+    chunks, size = ([data], len(data)) if isinstance(data, bytes) else (data, num_bytes)
+    with storage_full_as_error(path, size):
         try:
-            write_flushed(temporary, data)
+            write_flushed(temporary, chunks)
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -39,13 +42,14 @@ def write_json_atomic(path: Path, value: Any) -> None:
     write_atomic(path, dump_bytes(value))
 
 
-def write_flushed(path: Path, data: bytes) -> None:
-    """Create the new file `path` and return once its bytes are on the disk."""
+def write_flushed(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Create the new file `path` and return once the chunks, one after another, are on the disk."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
-        left = memoryview(data)
-        while left:
-            left = left[os.write(descriptor, left) :]
+        for chunk in chunks:
+            left = memoryview(chunk)
+            while left:
+                left = left[os.write(descriptor, left) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -9,14 +9,16 @@ MasqueradeError
 │   ├── MaskShapeError      not the shape or dtype it must have
 │   ├── MaskIndexError      a neuron index out of range or given twice
 │   ├── EmptyLayer          a layer that keeps nothing
-│   ├── NonFiniteMask       NaN or infinity in gains or biases
+│   ├── NonFiniteMask       NaN or infinity in gains, biases or attached weights
 │   ├── DigestMismatch      altered after it was written
-│   └── BaseMismatch        made for another base
+│   ├── BaseMismatch        made for another base
+│   └── AttachedNotFound    names attached weights that are not here
 ├── PersonaNotFound, VersionNotFound, PersonaExists, NoMaskYet
 ├── JobNotFound, JobConflict
 ├── StorageFull             the disk is full
 ├── QueueFull, ContextTooLong, EngineStopped        raised by the engine
-└── SculptCancelled, TeacherError, InsufficientMemory       raised by the pruner
+ ├── WeightsNotLoaded, WeightsTooLarge               raised by the engine, for `full` weights
+ └── SculptCancelled, TeacherError, InsufficientMemory       raised by the pruner
 
 `args` holds the constructor's arguments, so every error survives pickling between processes.
 """
@@ -106,7 +108,7 @@ class EmptyLayer(MaskError):
 
 
 class NonFiniteMask(MaskError):
-    """NaN or infinity among the gains or biases."""
+    """NaN or infinity among the gains, biases or attached weights."""
 
     def __init__(self, tensor: str, layer: int) -> None:
         super().__init__(tensor, layer)
@@ -120,13 +122,17 @@ class NonFiniteMask(MaskError):
 class DigestMismatch(MaskError):
     """The content is not what its digest says: altered or damaged after it was written."""
 
-    def __init__(self, expected: str, found: str) -> None:
-        super().__init__(expected, found)
+    def __init__(self, expected: str, found: str, what: str = "mask") -> None:
+        super().__init__(expected, found, what)
         self.expected = expected
         self.found = found
+        self.what = what
 
     def __str__(self) -> str:
-        return f"the mask was altered or damaged: its digest should be {self.expected}, its content gives {self.found}"
+        return (
+            f"the {self.what} was altered or damaged: its digest should be {self.expected}, "
+            f"its content gives {self.found}"
+        )
 
 
 class BaseMismatch(MaskError):
@@ -139,6 +145,18 @@ class BaseMismatch(MaskError):
 
     def __str__(self) -> str:
         return f"the mask is for another base: it names fingerprint {self.found}, this base is {self.expected}"
+
+
+class AttachedNotFound(MaskError):
+    """A mask that names attached weights which no version here has."""
+
+    def __init__(self, kind: str, digest: str) -> None:
+        super().__init__(kind, digest)
+        self.kind = kind
+        self.digest = digest
+
+    def __str__(self) -> str:
+        return f"the mask needs {self.kind} weights of digest {self.digest}, and they are not here"
 
 
 class PersonaNotFound(MasqueradeError):
@@ -256,6 +274,36 @@ class EngineStopped(MasqueradeError):
 
     def __str__(self) -> str:
         return f"the engine has stopped: {self.reason}"
+
+
+class WeightsNotLoaded(MasqueradeError):
+    """A persona's own FFN weights could not be loaded while its request waited."""
+
+    def __init__(self, limit_s: float, retry_after_s: float) -> None:
+        super().__init__(limit_s, retry_after_s)
+        self.limit_s = limit_s
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return (
+            f"the persona's own weights could not be loaded within {self.limit_s:g} s; "
+            f"try again in {self.retry_after_s:g} s"
+        )
+
+
+class WeightsTooLarge(MasqueradeError):
+    """A persona's own FFN weights exceed the memory that packs may take."""
+
+    def __init__(self, num_bytes: int, limit: int) -> None:
+        super().__init__(num_bytes, limit)
+        self.num_bytes = num_bytes
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"the persona's own weights take {self.num_bytes} bytes, and packs may take {self.limit} together; "
+            "raise pack_cache_bytes"
+        )
 
 
 class SculptCancelled(MasqueradeError):

@@ -95,6 +95,11 @@ class Mask:
         bits = np.unpackbits(self.bits, axis=1, count=self.intermediate_size, bitorder="little")
         return bits.view(np.bool_)
 
+    def layer(self, index: int) -> BoolArray:
+        """Bool `[intermediate_size]`: one layer of `to_dense`."""
+        bits = np.unpackbits(self.bits[index], count=self.intermediate_size, bitorder="little")
+        return bits.view(np.bool_)
+
     def kept_indices(self) -> npt.NDArray[np.int32]:
         """Int32 `[num_layers, kept]`, ascending in each layer."""
         return np.nonzero(self.to_dense())[1].astype(np.int32).reshape(self.num_layers, self.kept)

@@ -7,18 +7,23 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from masquerade_masks import durable, mask_file
+from masquerade_masks import attached_file, durable, mask_file
+from masquerade_masks.attached import KINDS, Attached
 from masquerade_masks.durable import write_json_atomic
-from masquerade_masks.errors import MaskError, SettingError, VersionNotFound
+from masquerade_masks.errors import AttachedNotFound, MaskError, MaskFormatError, SettingError, VersionNotFound
 from masquerade_masks.mask import FFNShape
 from masquerade_masks.mask_file import MaskFile
 from masquerade_masks.strict_json import dump_bytes
 
 _PERSONA_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LEFT_S = 3600.0  # what is half written or half removed for so long, a process has left behind
 
 MASK_NAME = "mask.safetensors"
 REPORT_NAME = "report.json"
@@ -47,9 +52,10 @@ def check_persona_id(persona_id: str) -> str:
 class PersonaFiles:
     """`personas/<persona_id>/v<version>/{mask.safetensors, report.json, examples.jsonl}` under `data_dir`.
 
-    Ids are checked before any path is made, so nothing a client sends reaches the file system. A version's
-    directory appears whole, by one rename, and is flushed to the disk before `publish_version` returns: add
-    the registry's row after it.
+    Attached weights lie beside the mask as `attached-<digest>.safetensors`: a version has its own copy, so that it
+    comes and goes with them. Ids are checked before any path is made, so nothing a client sends reaches the file
+    system. A version's directory appears whole, by one rename, and is flushed to the disk before `publish_version`
+    returns: add the registry's row after it.
     """
 
     def __init__(self, data_dir: Path) -> None:
@@ -72,8 +78,26 @@ class PersonaFiles:
     def read_mask(
         self, persona_id: str, version: int, *, base: str | None = None, shape: FFNShape | None = None
     ) -> MaskFile:
-        """Raises `VersionNotFound` and what `mask_file.decode` raises."""
-        return mask_file.read(self.mask_path(persona_id, version), base=base, shape=shape)
+        """The mask, and its attached weights where it names any.
+
+        Raises `VersionNotFound`, what `mask_file.decode` and `attached_file.decode` raise, and `AttachedNotFound`.
+        """
+        return _read(self.mask_path(persona_id, version), base=base, shape=shape)
+
+    def attached_path(self, persona_id: str, version: int, digest: str) -> Path:
+        """The file of a version's attached weights. Raises `VersionNotFound`."""
+        assert _SHA256.fullmatch(digest), "digests are checked where they enter"
+        return self._existing(persona_id, version, attached_file.file_name(digest))
+
+    def find_attached(self, kind: str, digest: str) -> Attached:
+        """The attached weights of any version here.
+
+        Raises `AttachedNotFound`, and what `attached_file.decode` raises.
+        """
+        if kind in KINDS and _SHA256.fullmatch(digest):
+            for path in self._root.glob(f"*/v*/{attached_file.file_name(digest)}"):
+                return attached_file.read(path)
+        raise AttachedNotFound(kind, digest)
 
     def read_report(self, persona_id: str, version: int) -> dict[str, Any] | None:
         """The fidelity report, None where the version has none. Raises `VersionNotFound`."""
@@ -96,18 +120,25 @@ class PersonaFiles:
 
         A directory that is already there was left by a worker that died, or lost its lease, before the
         registry had its row. With the same digest it stays, otherwise it is replaced; so publish only under a
-        lease that was just renewed. Raises `StorageFull`, with nothing left behind.
+        lease that was just renewed. Raises `StorageFull`, with nothing left behind, and `AttachedNotFound` for a mask
+        whose attached weights are not loaded.
         """
         target = self.directory(persona_id, version)
-        files = {MASK_NAME: mask_file.encode(content)}
+        subnetwork = content.subnetwork
+        files: dict[str, bytes] = {MASK_NAME: mask_file.encode(content)}
+        num_bytes = 0
+        if subnetwork.weights is not None:
+            num_bytes = subnetwork.weights.num_bytes
+        elif subnetwork.attached:
+            raise AttachedNotFound(*subnetwork.attached[0])
         if report is not None:
             files[REPORT_NAME] = dump_bytes(report)
         if examples is not None:
             files[EXAMPLES_NAME] = examples.read_bytes() if isinstance(examples, Path) else examples
-        if not _holds(target, content.subnetwork.digest):
-            with durable.storage_full_as_error(target, sum(map(len, files.values()))):
+        if not _holds(target, subnetwork.digest):
+            with durable.storage_full_as_error(target, num_bytes + sum(map(len, files.values()))):
                 self._make_parents(target)
-                _write_whole(target, files)
+                _write_whole(target, files, subnetwork.weights)
         return target
 
     def remove(self, persona_id: str) -> None:
@@ -119,6 +150,18 @@ class PersonaFiles:
         os.replace(directory, doomed)
         durable.flush_directory(self._root)
         shutil.rmtree(doomed, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Delete what processes that died have left half written or half removed."""
+        oldest = time.time() - _LEFT_S
+        for pattern in (".removed-*", "*/.stale-*", "*/.v*-*"):
+            for left in self._root.glob(pattern):
+                try:
+                    abandoned = left.stat().st_mtime < oldest
+                except FileNotFoundError:  # its owner lives, and was faster
+                    continue
+                if abandoned:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def _existing(self, persona_id: str, version: int, name: str) -> Path:
         path = self.directory(persona_id, version) / name
@@ -132,20 +175,40 @@ class PersonaFiles:
         durable.flush_directory(self._root.parent)
 
 
+def _read(path: Path, *, base: str | None = None, shape: FFNShape | None = None) -> MaskFile:
+    content = mask_file.read(path, base=base, shape=shape)
+    attached = content.subnetwork.attached
+    if not attached:
+        return content
+    if len(attached) > 1 or attached[0][0] not in KINDS:
+        names = ", ".join(name for name, _ in attached)
+        raise MaskFormatError(f"a mask has {' or '.join(KINDS)} weights attached, one of them; this names {names}")
+    kind, digest = attached[0]
+    try:
+        weights = attached_file.read(path.with_name(attached_file.file_name(digest)))
+    except FileNotFoundError as error:
+        raise AttachedNotFound(kind, digest) from error
+    return replace(content, subnetwork=replace(content.subnetwork, weights=weights))
+
+
 def _holds(directory: Path, digest: str) -> bool:
     try:
-        return mask_file.read(directory / MASK_NAME).subnetwork.digest == digest
+        return _read(directory / MASK_NAME).subnetwork.digest == digest
     except (OSError, MaskError):
         return False
 
 
-def _write_whole(target: Path, files: Mapping[str, bytes]) -> None:
+def _write_whole(target: Path, files: Mapping[str, bytes], weights: Attached | None) -> None:
+    """Attached weights first: a mask is never without those it names."""
     made = target.with_name(f".{target.name}-{secrets.token_hex(8)}")
     stale = target.with_name(f".stale-{secrets.token_hex(8)}")
+    contents: dict[str, Iterable[bytes | memoryview]] = {name: [data] for name, data in files.items()}
+    if weights is not None:
+        contents = {attached_file.file_name(weights.digest): attached_file.encode(weights), **contents}
     try:
         made.mkdir()
-        for name, data in files.items():
-            durable.write_flushed(made / name, data)
+        for name, chunks in contents.items():
+            durable.write_flushed(made / name, chunks)
         durable.flush_directory(made)
         if target.exists():
             os.replace(target, stale)

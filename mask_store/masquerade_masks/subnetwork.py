@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from masquerade_masks.attached import Attached
+from masquerade_masks.digests import digest_of_parts
 from masquerade_masks.errors import MaskFormatError, MaskShapeError, NonFiniteMask
 from masquerade_masks.mask import Bits, FFNShape, Mask
 
@@ -22,9 +23,11 @@ class SubNetwork:
     """A mask on one base with its optional gains and biases; equal where the digests are.
 
     `gain` is float16 `[num_layers, kept]` in the order of the kept indices, `bias` float16 `[num_layers,
-    hidden]`, both finite and read-only; `attached` names the digests of further weights (`lora`, `full`).
+    hidden]`, both finite and read-only; `attached` names the digests of further weights (`lora`, `full`), and `weights`
+    are these weights where they have been loaded: given alone, they are attached by it.
 
-    Raises `MaskShapeError`, `NonFiniteMask`, and `MaskFormatError` for a name attached twice.
+    Raises `MaskShapeError`, `NonFiniteMask`, and `MaskFormatError` for a name attached twice, or weights that are not
+    those attached or do not fit.
     """
 
     base: str  # fingerprint
@@ -33,6 +36,7 @@ class SubNetwork:
     gain: HalfArray | None = None
     bias: HalfArray | None = None
     attached: tuple[tuple[str, str], ...] = ()
+    weights: Attached | None = None
     digest: str = field(init=False)  # sha256, lower-case hex
 
     def __post_init__(self) -> None:
@@ -42,7 +46,9 @@ class SubNetwork:
             if array is not None:
                 check_half(name, array, (self.shape.num_layers, columns))
                 object.__setattr__(self, name, _read_only(array))
-        object.__setattr__(self, "attached", _sorted_once(self.attached))
+        object.__setattr__(self, "attached", _sorted_once(_with_weights(self.attached, self.weights)))
+        if self.weights is not None:
+            self.weights.check_fits(self.shape, self.mask.kept)
         digest = digest_of(
             self.base,
             self.shape,
@@ -52,6 +58,11 @@ class SubNetwork:
             attached=self.attached,
         )
         object.__setattr__(self, "digest", digest)
+
+    @property
+    def has_own_ffn(self) -> bool:
+        """Whether its FFN weights are its own (`full`), so that the base's cannot stand in for them."""
+        return any(name == "full" for name, _ in self.attached)
 
     def coefficients(self) -> FloatArray:
         """Float32 `[num_layers, intermediate]`: 0 where dropped, else the gain, 1 without gains."""
@@ -87,7 +98,7 @@ def digest_of(
     `attached:<name>` and the digest of every attached weight, by name.
     """
     sizes = np.array([shape.num_layers, shape.intermediate_size, shape.hidden_size], dtype="<u8")
-    parts = [
+    parts: list[tuple[str, bytes]] = [
         ("format", FORMAT.encode()),
         ("base", base.encode()),
         ("shape", sizes.tobytes()),
@@ -97,12 +108,7 @@ def digest_of(
         (name, array.astype("<f2").tobytes()) for name, array in (("gain", gain), ("bias", bias)) if array is not None
     ]
     parts += [(f"attached:{name}", digest.encode()) for name, digest in attached]
-    sha = hashlib.sha256()
-    for name, content in parts:
-        for field_bytes in (name.encode(), content):
-            sha.update(len(field_bytes).to_bytes(8, "little"))
-            sha.update(field_bytes)
-    return sha.hexdigest()
+    return digest_of_parts(parts)
 
 
 def check_half(name: str, array: HalfArray, expected: tuple[int, int]) -> None:
@@ -119,6 +125,14 @@ def _check_mask_fits(mask: Mask, shape: FFNShape) -> None:
         raise MaskShapeError(
             f"the mask has {mask.num_layers} layers x {mask.intermediate_size} neurons, and the base {shape}"
         )
+
+
+def _with_weights(attached: tuple[tuple[str, str], ...], weights: Attached | None) -> tuple[tuple[str, str], ...]:
+    if weights is None:
+        return attached
+    if attached and attached != ((weights.kind, weights.digest),):
+        raise MaskFormatError(f"{weights.kind} weights of digest {weights.digest} are not those that the mask names")
+    return ((weights.kind, weights.digest),)
 
 
 def _sorted_once(attached: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:

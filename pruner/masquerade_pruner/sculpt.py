@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from masquerade_engine.base import Base
@@ -18,7 +19,7 @@ from masquerade_engine.kv_cache import KVGeometry, slots_are_lazy
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
 from masquerade_engine.requests import PersonaFunction
 from masquerade_engine.settings import EngineSettings
-from masquerade_masks import InsufficientMemory, Mask, SubNetwork, round_kept
+from masquerade_masks import Attached, InsufficientMemory, Mask, SubNetwork, round_kept
 from masquerade_pruner import evaluation, synthesis
 from masquerade_pruner.changes import Change
 from masquerade_pruner.epochs import Epochs
@@ -48,9 +49,8 @@ Scored = tuple[Instruction, float]
 class SculptResult:
     """All that publishing needs."""
 
-    subnetwork: SubNetwork  # with gains and biases, where recovery made any
+    subnetwork: SubNetwork  # with gains, biases and weights, where recovery made any
     recovery: Recovery  # what the sub-network has; `none` as well where nothing was better than the mask by itself
-    attached: dict[str, Any] | None  # `kind`, `tensors` by name, `alpha` and `rank`, where recovery made weights
     settings: dict[str, Any]
     system_prompt: str
     prompt_sha256: str
@@ -480,7 +480,7 @@ class _Sculptor:
             "baselines": list(learned.baselines),
             "strongest_baseline": strongest,
             **contexts,
-            "free_running": None if free is None else evaluation.free_running(free),
+            "free_running": evaluation.free_running(free),
             "learning": {**learned.history, "num_examples": len(answered.train)},
             "recovery": {"applied": recovered.kind, "bytes": recovered.num_bytes, **recovered.history},
         }
@@ -506,10 +506,7 @@ class _Sculptor:
 
     def _free_running(
         self, answered: _Answered, recovered: Recovered, dense_nll: torch.Tensor
-    ) -> evaluation.FreeRunning | None:
-        """None with attached weights, which the engine that samples cannot serve."""
-        if recovered.kind in ("lora", "full"):
-            return None
+    ) -> evaluation.FreeRunning:
         places = spread(range(len(answered.test)), self.settings.num_free_running)
         chosen = [answered.test[place] for place in places]
         planned = [
@@ -542,24 +539,20 @@ class _Sculptor:
         """The mask with its gains and biases as what is stored and served."""
         mask = Mask.from_kept_indices(recovered.change.kept.cpu().numpy(), self.base.shape.intermediate_size)
         gain, bias = (None if one is None else one.cpu().numpy() for one in (recovered.gain, recovered.bias))
-        return SubNetwork(self.base.fingerprint, self.base.shape, mask, gain, bias)
+        weights = self._attached(recovered)
+        return SubNetwork(self.base.fingerprint, self.base.shape, mask, gain, bias, weights=weights)
 
-    def attached(self, recovered: Recovered) -> dict[str, Any] | None:
-        """Weights that go beside the mask file."""
+    def _attached(self, recovered: Recovered) -> Attached | None:
         settings = self.settings.recovery
         if recovered.kind == "lora":
-            shape = {"alpha": settings.lora_alpha, "rank": settings.lora_rank}
-            return {"kind": "lora", "tensors": recovered.lora, **shape}
-        if recovered.kind == "full":
-            return {"kind": "full", "tensors": recovered.full, "alpha": None, "rank": None}
-        return None
+            return Attached("lora", _arrays(recovered.lora), settings.lora_alpha, settings.lora_rank)
+        return Attached("full", _arrays(recovered.full)) if recovered.kind == "full" else None
 
     def result(self, recovered: Recovered, report: dict[str, Any]) -> SculptResult:
         """What publishing needs."""
         return SculptResult(
             subnetwork=self.subnetwork(recovered),
             recovery=recovered.kind,
-            attached=self.attached(recovered),
             settings={**self.metadata, "plan": self.plan.metadata()},
             system_prompt=self.system_prompt,
             prompt_sha256=prompt_sha256(self.system_prompt),
@@ -567,6 +560,12 @@ class _Sculptor:
             examples_path=self.answers.examples_path("examples"),
             seconds=self.seconds(),
         )
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+    """As arrays; bfloat16, which numpy has not, as its bits."""
+    bits = {name: one.view(torch.uint16) if one.dtype == torch.bfloat16 else one for name, one in tensors.items()}
+    return {name: one.cpu().numpy() for name, one in bits.items()}
 
 
 def _instruction(example: Example) -> Instruction:

@@ -16,9 +16,12 @@ from masquerade_engine.base import Base
 from masquerade_engine.engine import Engine
 from masquerade_engine.requests import PersonaFunction, Request, TokenOutput, Warmed, warm_request
 from masquerade_engine.settings import EngineSettings, EngineStats
-from masquerade_masks import EngineStopped
+from masquerade_masks import EngineStopped, WeightsNotLoaded
 
 logger = logging.getLogger(__name__)
+
+# When to ask again for a persona whose own weights did not come: what drives them out is busy for longer than a moment.
+_RETRY_LOADING_S = 5.0
 
 _News = TokenOutput | BaseException
 
@@ -54,7 +57,7 @@ class AsyncEngine:
 
     def __init__(self, base: Base, settings: EngineSettings | None = None) -> None:
         self.base = base
-        self._settings = settings
+        self._settings = settings or EngineSettings()
         self._commands: queue.SimpleQueue[_Add | _Cancel | _Stop] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # the thread's own, by request id
         self._num_active = 0  # the loop's own: generations that are being consumed
@@ -80,7 +83,8 @@ class AsyncEngine:
     async def generate(self, request: Request) -> AsyncIterator[TokenOutput]:
         """The tokens of a request as they come; the last has a `finish_reason`.
 
-        Closing the iterator cancels the request within a step. Raises `EngineStopped`, and what `Engine.add` raises.
+        Closing the iterator cancels the request within a step. Raises `EngineStopped`, what `Engine.add` raises, and
+        `WeightsNotLoaded` where the persona's own weights did not come in time.
         A step that fails ends its requests with the reason `error`.
         """
         stream = _Stream(request)
@@ -96,6 +100,8 @@ class AsyncEngine:
                     finished = True
                     raise news
                 finished = news.finish_reason is not None
+                if news.finish_reason == "unloaded":
+                    raise WeightsNotLoaded(self._settings.load_timeout_s, _RETRY_LOADING_S)
                 yield news
         finally:
             self._num_active -= not request.prefill_only

@@ -19,11 +19,13 @@ from masquerade_engine.scheduler import Scheduler, SchedulerLimits
 from masquerade_engine.sequence import Sequence
 from masquerade_engine.settings import EngineSettings, EngineStats
 from masquerade_kernels.linear import can_run_int8
-from masquerade_masks import BaseMismatch, MaskShapeError, SettingError, SubNetwork
+from masquerade_masks import AttachedNotFound, BaseMismatch, MaskShapeError, SettingError, SubNetwork
 
 # Tokens whose memory a slot keeps when its sequence has gone. To write 200 tokens of SmolLM2 in bf16 took 2.5 ms where
 # memory had been given back and 0.6 where it had not; giving back 200 took 0.9 ms, 7,700 took 24.
 _KEPT_SLOT_TOKENS = 512
+# How long a step waits where all there is to run waits for its own weights: as long as a command may have to wait.
+_LOAD_POLL_S = 0.01
 
 
 class Engine:
@@ -44,19 +46,6 @@ class Engine:
         kv_tokens = settings.kv_cache_bytes // geometry.bytes_per_token
         num_blocks = settings.prefix_cache_bytes // (geometry.bytes_per_token * BLOCK)
         self._prefixes = PrefixIndex(num_blocks)
-        self.scheduler = Scheduler(
-            SchedulerLimits(
-                max_num_seqs=settings.max_num_seqs,
-                max_model_len=self.max_model_len,
-                prefill_chunk=settings.prefill_chunk,
-                max_queue=settings.max_queue,
-                kv_tokens=kv_tokens,
-                # Free slots together keep at most a quarter of the budget.
-                kept_slot_tokens=min(_KEPT_SLOT_TOKENS, kv_tokens // (4 * settings.max_num_seqs)),
-            ),
-            self._prefixes,
-            base.stop_token_ids,
-        )
         if settings.quantization == "int8" and not can_run_int8(base.device.type):
             raise SettingError("quantization", "int8 needs a CPU and a torch with oneDNN; use none")
         self.runner = Runner(
@@ -67,8 +56,24 @@ class Engine:
             pack_cache_bytes=settings.pack_cache_bytes,
             int8=settings.quantization == "int8",
         )
+        self.scheduler = Scheduler(
+            SchedulerLimits(
+                max_num_seqs=settings.max_num_seqs,
+                max_model_len=self.max_model_len,
+                prefill_chunk=settings.prefill_chunk,
+                max_queue=settings.max_queue,
+                kv_tokens=kv_tokens,
+                # Free slots together keep at most a quarter of the budget.
+                kept_slot_tokens=min(_KEPT_SLOT_TOKENS, kv_tokens // (4 * settings.max_num_seqs)),
+                load_timeout_s=settings.load_timeout_s,
+            ),
+            self._prefixes,
+            base.stop_token_ids,
+            loading=self.runner.packs.loading,
+        )
         self._decode = _decoder(base)
-        self._installed: set[str] = set()
+        self._installed: dict[str, str] = {}  # digests, and what serves each where no pack of it is resident
+        self._needs_packs = False
         self._installing = threading.Lock()
         self._cancelled: list[TokenOutput] = []
         self._forgotten: deque[str] = deque()  # digests whose prefix blocks are to go before the next step
@@ -86,13 +91,18 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queue a request.
 
-        Raises `QueueFull`, `ContextTooLong`, `BaseMismatch` or `MaskShapeError` for a mask of another base, and
-        `SettingError` for an empty prompt, a token outside the vocabulary, an id in use or a pin without room.
+        Raises `QueueFull`, `ContextTooLong`, `BaseMismatch` or `MaskShapeError` for a mask of another base,
+        `AttachedNotFound` for one whose attached weights are not loaded, `WeightsTooLarge` for FFN weights that memory
+        cannot hold, and `SettingError` for an empty prompt, a token outside the vocabulary, an id in use or a pin
+        without room.
         """
         last = self.base.config.vocab_size - 1
         if request.prompt and not (min(request.prompt) >= 0 and max(request.prompt) <= last):
             raise SettingError("prompt", f"holds a token id outside 0 to {last}")
         self._check(request.function)
+        if request.function.has_own_ffn:
+            assert request.function.subnetwork is not None
+            self.runner.packs.check_room(request.function.subnetwork)
         self._drop_forgotten()
         self.scheduler.add(Sequence(request, Detokenizer(self._decode, request.sampling.stop)))
         self.install(request.function)
@@ -124,11 +134,15 @@ class Engine:
         What a failing pass raises passes through; `abandon` then ends the requests it held.
         """
         self._drop_forgotten()
+        self._need_packs()
         batch = self.scheduler.next_batch()
         tokens = self.runner.run(batch) if batch.chunks else []
         outputs = self._cancelled + self.scheduler.commit(batch, tokens)
         self._cancelled = []
         self._num_steps += bool(batch.chunks)
+        self._need_packs()
+        if not batch.chunks and not outputs and self._needs_packs:
+            self.runner.packs.wait(_LOAD_POLL_S)
         return outputs
 
     def abandon(self) -> list[TokenOutput]:
@@ -172,11 +186,12 @@ class Engine:
     def install(self, function: PersonaFunction) -> None:
         """Make a persona ready: it is served at once, and its compact pack is made in the background.
 
-        Raises `BaseMismatch` or `MaskShapeError` for a mask of another base.
+        One with FFN weights of its own is served once that pack is made. Raises `BaseMismatch` or `MaskShapeError` for
+        a mask of another base, and `AttachedNotFound` for one whose attached weights are not loaded.
         """
         self._check(function)
         with self._installing:
-            self._installed.add(function.digest)
+            self._installed[function.digest] = "none" if function.has_own_ffn else "dense"
         if function.subnetwork is not None:
             self.runner.packs.want(function.subnetwork, function.cast)
 
@@ -186,14 +201,16 @@ class Engine:
         What runs still finishes on it.
         """
         with self._installing:
-            self._installed.discard(digest)
+            self._installed.pop(digest, None)
         self.runner.packs.drop(digest)
         self._forgotten.append(digest)
 
     def residency(self, digest: str) -> str:
-        """Which pack serves it: `compact`, `cast`, `dense` (the base's own), or `none` where it is not installed."""
-        packed = self.runner.packs.residency(digest)
-        return packed or ("dense" if digest in self._installed else "none")
+        """Which pack serves it: `compact`, `cast` or `dense` (the base's own).
+
+        `none` where it is not installed, or its own FFN weights are not loaded.
+        """
+        return self.runner.packs.residency(digest) or self._installed.get(digest, "none")
 
     def stats(self) -> EngineStats:
         """Figures now and since the start; from another thread they may be of two neighbouring steps."""
@@ -218,6 +235,12 @@ class Engine:
         """Stop the background work."""
         self.runner.packs.close()
 
+    def _need_packs(self) -> None:
+        needed = self.scheduler.needed
+        if needed or self._needs_packs:
+            self.runner.packs.need(needed)
+        self._needs_packs = bool(needed)
+
     def _drop_forgotten(self) -> None:
         while self._forgotten:
             self.scheduler.forget(self._forgotten.popleft())
@@ -230,6 +253,8 @@ class Engine:
             raise BaseMismatch(self.base.fingerprint, subnetwork.base)
         if subnetwork.shape != self.base.shape:
             raise MaskShapeError(f"the mask is for {subnetwork.shape}, and the base has {self.base.shape}")
+        if subnetwork.attached and subnetwork.weights is None:
+            raise AttachedNotFound(*subnetwork.attached[0])
 
 
 def _result(outputs: list[TokenOutput]) -> GenerationResult:

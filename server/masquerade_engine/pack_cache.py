@@ -11,11 +11,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 from masquerade_engine.residency import ResidencyPolicy
 from masquerade_kernels.packs import FFNWeights, Pack, PackFormat, member_pack, pack_bytes, union_fraction
 from masquerade_kernels.planner import PackFacts
-from masquerade_masks import SubNetwork
+from masquerade_masks import SubNetwork, WeightsTooLarge
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ _MAX_CASTS = 64  # casts that are followed, those asked for last
 # took have passed: new faces in a crowd must not keep a thread busy for good.
 _REST = 20.0
 _Work = Callable[[], None]  # for the background thread
+
+Loading = Literal["loaded", "loading", "failed"]
 
 
 class _GivenUp(Exception):
@@ -64,7 +67,9 @@ class _Cast:
 class PackCache:
     """Resident packs: a persona's under its digest, a cast's under `cast:<name>`.
 
-    Any thread may call; none waits for a pack to be made.
+    Most packs only save time. That of a persona with FFN weights of its own (`full`) alone computes it: from the first
+    request that needs it to the end of the last, it is made as soon as there is memory, and stays.
+    Any thread may call; none waits for a pack to be made, but in `wait`.
     """
 
     def __init__(self, weights: FFNWeights, budget: int, form: PackFormat) -> None:
@@ -76,6 +81,9 @@ class PackCache:
         self._sizes: dict[str, tuple[tuple[str, ...], int]] = {}  # members and bytes, of resident and promised packs
         self._casts: OrderedDict[str, _Cast] = OrderedDict()  # least recently asked for first
         self._orders: deque[tuple[str, list[SubNetwork]]] = deque()
+        self._needed: dict[str, SubNetwork] = {}  # personas with own weights that live requests are of
+        self._failed: set[str] = set()  # of these, whose packs could not be made
+        self._dropped: set[str] = set()  # of these, to be discarded when they are needed no more
         self._maker: threading.Thread | None = None
         self._closed = False
 
@@ -95,8 +103,12 @@ class PackCache:
             if self._closed:
                 return
             self._policy.touch(subnetwork.digest)
+            self._dropped.discard(subnetwork.digest)
             if subnetwork.digest not in self._sizes:
                 self._order(subnetwork.digest, [subnetwork])
+            if subnetwork.has_own_ffn:
+                self._wake()
+                return
             known = self._followed(cast)
             known.busy[subnetwork.digest] = subnetwork
             known.busy.move_to_end(subnetwork.digest)
@@ -106,9 +118,45 @@ class PackCache:
                 known.ordered = True
             self._wake()
 
-    def drop(self, digest: str) -> None:
-        """This function is no longer served: its memory is for others. What still runs it goes on densely."""
+    def check_room(self, subnetwork: SubNetwork) -> None:
+        """Raise `WeightsTooLarge` where a persona's own weights could never be resident."""
+        num_bytes = pack_bytes([subnetwork], self._form)
+        if num_bytes > self._policy.budget:
+            raise WeightsTooLarge(num_bytes, self._policy.budget)
+
+    def need(self, personas: Mapping[str, SubNetwork]) -> None:
+        """The personas with weights of their own that live requests are of, by digest: their packs are to be here."""
         with self._changed:
+            gone = self._needed.keys() - personas.keys()
+            self._needed = dict(personas)
+            self._failed -= gone
+            self._discard([digest for digest in gone if digest in self._dropped])
+            self._dropped -= gone
+            for digest, persona in personas.items():
+                if digest not in self._sizes and digest not in self._failed and not self._closed:
+                    self._order(digest, [persona])
+            self._wake()
+
+    def loading(self, digest: str) -> Loading:
+        """Whether the pack of a persona with weights of its own is resident, to come, or could not be made."""
+        if digest in self._resident.packs:
+            return "loaded"
+        return "failed" if digest in self._failed else "loading"
+
+    def wait(self, timeout_s: float) -> None:
+        """Until a pack is made or given up, at most so long."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    def drop(self, digest: str) -> None:
+        """This function is no longer served: its memory is for others.
+
+        What still runs it goes on densely; where its weights are its own, they go with its last request.
+        """
+        with self._changed:
+            if digest in self._needed:
+                self._dropped.add(digest)
+                return
             self._discard([digest])
             for name, cast in list(self._casts.items()):
                 if cast.busy.pop(digest, None) is not None:
@@ -130,7 +178,7 @@ class PackCache:
         with self._changed:
             self._closed = True
             maker, self._maker = self._maker, None
-            self._changed.notify()
+            self._changed.notify_all()
         if maker is not None:
             maker.join()
         self._resident = Resident()
@@ -142,12 +190,16 @@ class PackCache:
         num_bytes = pack_bytes(members, self._form)
         digests = tuple(member.digest for member in members)
         others = {other: size for other, size in self._sizes.items() if other != key}
-        victims = self._policy.victims(digests, num_bytes, others)
+        must = key in self._needed
+        victims = self._policy.victims(digests, num_bytes, others, needed=self._needed, must=must)
         if victims is None:
             return False
         self._discard(list(victims))
         self._sizes[key] = (digests, num_bytes)
-        self._orders.append((key, members))
+        if must:
+            self._orders.appendleft((key, members))
+        else:
+            self._orders.append((key, members))
         return True
 
     def _followed(self, name: str) -> _Cast:
@@ -171,7 +223,7 @@ class PackCache:
         if self._maker is None and not self._closed and (self._orders or self._due() is not None):
             self._maker = threading.Thread(target=self._make_packs, name="masquerade-packs", daemon=True)
             self._maker.start()
-        self._changed.notify()
+        self._changed.notify_all()
 
     def _due(self) -> tuple[float, str] | None:
         """The ordered cast whose rest ends first, and when."""
@@ -247,10 +299,14 @@ class PackCache:
             logger.exception("no pack for %s", key)
             with self._changed:
                 self._discard([key])
+                if key in self._needed:
+                    self._failed.add(key)
+                self._changed.notify_all()
             return
         with self._changed:
             if is_wanted():
                 self._resident = self._resident.with_pack(key, pack)
+            self._changed.notify_all()
             cast = self._cast_of(key)
             if cast is not None:
                 self._rest(cast, began)

@@ -5,19 +5,28 @@ Slow on purpose and free of state: each call sees `[batch, tokens]` from positio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional as F
 
 from masquerade_engine.context import forward_context
 from masquerade_engine.seams import PersonaFFN
+from masquerade_kernels.lora import LoraFactors
 
 
 class ReferenceContext:
-    """Causal attention, and `coefficients` `[layers, intermediate]` (None: the base) in every row."""
+    """Causal attention, and one persona's `coefficients` `[layers, intermediate]` (None: the base) in every row."""
 
-    def __init__(self, coefficients: torch.Tensor | None = None, biases: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        coefficients: torch.Tensor | None = None,
+        biases: torch.Tensor | None = None,
+        lora: Sequence[LoraFactors] | None = None,  # by layer
+    ) -> None:
         self._coefficients = coefficients
         self._biases = biases  # [layers, hidden]
+        self._lora = lora
 
     def attend(
         self,
@@ -37,14 +46,27 @@ class ReferenceContext:
         return attended.transpose(1, 2)
 
     def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
-        activations = module.activations(hidden)
+        lora = None if self._lora is None else self._lora[module.layer]
+        if lora is None:
+            activations = module.activations(hidden)
+        else:
+            gate = module.gate_proj(hidden) + _update(hidden, lora.gate, lora.scale)
+            activations = module.act_fn(gate) * (module.up_proj(hidden) + _update(hidden, lora.up, lora.scale))
         if self._coefficients is not None:
             scale = self._coefficients[module.layer]
             activations = (activations.to(scale.dtype) * scale).to(hidden.dtype)
         output: torch.Tensor = module.down_proj(activations)
+        if lora is not None:
+            output = output + _update(activations, lora.down, lora.scale)
         if self._biases is not None:
             output = output + self._biases[module.layer].to(output.dtype)
         return output
+
+
+def _update(x: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], scale: float) -> torch.Tensor:
+    """`scale (x Aᵀ) Bᵀ`."""
+    a, b = (factor.to(x.device, x.dtype) for factor in factors)
+    return scale * (x @ a.T) @ b.T
 
 
 @torch.no_grad()
@@ -53,8 +75,9 @@ def reference_logits(
     token_ids: torch.Tensor,  # [batch, tokens]
     coefficients: torch.Tensor | None = None,
     biases: torch.Tensor | None = None,
+    lora: Sequence[LoraFactors] | None = None,
 ) -> torch.Tensor:
     """Logits `[batch, tokens, vocab]` of a model with seams under one persona's coefficients."""
-    with forward_context(ReferenceContext(coefficients, biases)):
+    with forward_context(ReferenceContext(coefficients, biases, lora)):
         logits: torch.Tensor = model(input_ids=token_ids, use_cache=False).logits
     return logits

@@ -8,7 +8,8 @@ from typing import Literal
 
 from masquerade_masks import SettingError, SubNetwork
 
-FinishReason = Literal["stop", "length", "cancelled", "error", "deadline"]
+# `unloaded`: the persona's own FFN weights could not be loaded while the request waited.
+FinishReason = Literal["stop", "length", "cancelled", "error", "deadline", "unloaded"]
 
 MAX_LOGPROBS = 20  # OpenAI's bound on top_logprobs
 MAX_STOP_STRINGS = 16
@@ -71,6 +72,11 @@ class PersonaFunction:
     digest: str  # of everything that changes the function; "base:<fingerprint>" for the base
     cast: str  # namespace for KV: nothing is shared across casts
     subnetwork: SubNetwork | None = None  # None: the unpruned base
+
+    @property
+    def has_own_ffn(self) -> bool:
+        """Whether it has FFN weights of its own, which must be loaded before it runs."""
+        return self.subnetwork is not None and self.subnetwork.has_own_ffn
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,23 +41,32 @@ class ResidencyPolicy:
         return float(sum(use.count * 0.5 ** ((self.clock() - use.at) / _HALF_LIFE_S) for use in uses))
 
     def victims(
-        self, members: Collection[str], num_bytes: int, resident: Mapping[str, tuple[Collection[str], int]]
+        self,
+        members: Collection[str],
+        num_bytes: int,
+        resident: Mapping[str, tuple[Collection[str], int]],
+        *,
+        needed: Collection[str] = (),
+        must: bool = False,
     ) -> Collection[str] | None:
         """The resident packs (key to members and bytes) to drop so that a new one of `members` fits.
 
-        None where it must stay out.
+        None where it must stay out. Those `needed` never go: there are requests that nothing else computes. One that
+        `must` come for that reason need not be busier than what it drives out.
         """
         excess = sum(size for _, size in resident.values()) + num_bytes - self.budget
         if excess <= 0:
             return []
         victims: list[str] = []
-        for key in sorted(resident, key=lambda key: self.busyness(resident[key][0])):
+        for key in sorted(resident.keys() - set(needed), key=lambda key: (self.busyness(resident[key][0]), key)):
             if excess <= 0:
                 break
             victims.append(key)
             excess -= resident[key][1]
         if excess > 0:
             return None
+        if must:
+            return victims
         deserved = self.busyness(members) > _MARGIN * sum(self.busyness(resident[key][0]) for key in victims)
         return victims if deserved else None
 

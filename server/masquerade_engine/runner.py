@@ -18,6 +18,7 @@ from masquerade_engine.sampler import Sampler
 from masquerade_engine.seams import persona_ffns
 from masquerade_engine.sequence import Batch, Chunk, SampledToken
 from masquerade_kernels.coefficients import BASE_ROW, CoefficientTable
+from masquerade_kernels.lora import lora_rows
 from masquerade_kernels.packs import PackFormat, dense_pack
 from masquerade_kernels.persona_ffn import FFNSegment, run_persona_ffn
 from masquerade_kernels.planner import Run, plan_step
@@ -50,7 +51,7 @@ class Runner:
         self._decoder = Decoder(model, self._rows, max_len, int8=int8)
         geometry = KVGeometry.of(base.config, base.dtype)
         self._kv = KVCache(geometry, num_slots, max_len, num_blocks, base.device)
-        self._table = CoefficientTable(base.shape, num_slots, base.device)
+        self._table = CoefficientTable(base.shape, num_slots, base.device, base.dtype)
         if base.device.type == "cpu":
             for shape in self._decoder.attentions:
                 loops_for(shape, base.dtype, torch.get_num_threads())
@@ -126,23 +127,30 @@ class Runner:
         row_of: dict[str | None, int] = {None: BASE_ROW}
         row_of.update(self._table.rows_of(subnetworks))
         digests = frozenset(subnetwork.digest for subnetwork in subnetworks)
-        return FFNSegment(start, stop, self._dense, self._personas(chunks, row_of), self._table, digests)
+        loras = lora_rows(_digests(chunks), self._table.loras, self._device)
+        return FFNSegment(start, stop, self._dense, self._personas(chunks, row_of), self._table, digests, loras)
 
     def _member_segment(self, chunks: Rows[Chunk], start: int, stop: int, resident: Resident, key: str) -> FFNSegment:
         pack = resident.packs[key]
         assert pack.members is not None
         row_of: dict[str | None, int] = {digest: row for row, digest in enumerate(pack.members)}
-        return FFNSegment(start, stop, pack, self._personas(chunks, row_of))
+        loras = lora_rows(_digests(chunks), pack.loras, self._device)
+        return FFNSegment(start, stop, pack, self._personas(chunks, row_of), loras=loras)
 
     def _personas(self, chunks: Rows[Chunk], row_of: dict[str | None, int]) -> torch.Tensor:
         """Int64 `[num_tokens]`: the row of the coefficients that each token's persona has."""
-        rows = [row_of[_persona(chunk)] for chunk in chunks for _ in range(chunk.num_tokens)]
-        return torch.tensor(rows, device=self._device)
+        return torch.tensor([row_of[digest] for digest in _digests(chunks)], device=self._device)
 
 
 def _run(chunk: Chunk) -> Run:
     """What the planner sees of a chunk; seeded requests stay on the dense pack."""
-    return Run(_persona(chunk), chunk.num_tokens, pinned=chunk.sequence.sampling.seed is not None)
+    own = chunk.sequence.request.function.has_own_ffn
+    return Run(_persona(chunk), chunk.num_tokens, pinned=chunk.sequence.sampling.seed is not None, own=own)
+
+
+def _digests(chunks: Rows[Chunk]) -> list[str | None]:
+    """Of each token's persona."""
+    return [persona for chunk in chunks for persona in [_persona(chunk)] * chunk.num_tokens]
 
 
 def _persona(chunk: Chunk) -> str | None:

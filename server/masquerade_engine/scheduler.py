@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from masquerade_engine.in_flight import InFlight
@@ -23,7 +23,7 @@ from masquerade_engine.sequence import (
 )
 from masquerade_engine.slots import Slots
 from masquerade_engine.waiting import WaitingQueue
-from masquerade_masks import ContextTooLong, QueueFull, SettingError
+from masquerade_masks import ContextTooLong, QueueFull, SettingError, SubNetwork
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ class SchedulerLimits:
     max_queue: int  # requests of a priority beyond `max_num_seqs`
     kv_tokens: int  # that running sequences may hold together
     kept_slot_tokens: int  # whose memory a slot keeps when nobody runs in it
+    load_timeout_s: float = 30.0  # that a sequence waits for its persona's own weights
 
 
 class Scheduler:
@@ -53,7 +54,9 @@ class Scheduler:
     of each level the oldest sequence always gets on. One sequence always fits.
 
     A request whose prompt is just being computed by a running one waits for those blocks; others may go ahead of it, in
-    slots and budget that it does not need.
+    slots and budget that it does not need. One of a persona with FFN weights of its own waits in its queue until they
+    are loaded, which `loading` tells (by digest: loaded, loading or failed), and ends with `unloaded` where that takes
+    too long; others go ahead of it.
 
     `stop_token_ids` end a generation unless its request ignores them.
     """
@@ -64,11 +67,14 @@ class Scheduler:
         prefixes: PrefixIndex,
         stop_token_ids: frozenset[int],
         clock: Callable[[], float] = time.monotonic,
+        loading: Callable[[str], str] = lambda digest: "loaded",
     ) -> None:
         self._limits = limits
         self._prefixes = prefixes
         self._stop_token_ids = stop_token_ids
         self._clock = clock
+        self._loading = loading
+        self._own: dict[str, list[Sequence]] = {}  # live sequences whose weights are their own, by digest
         self._live: dict[str, Sequence] = {}  # waiting and running, by request id
         self._num_live = [0 for _ in LEVELS]
         self._timed: dict[str, Sequence] = {}  # those with a deadline
@@ -102,6 +108,12 @@ class Scheduler:
         return bool(self._live or self._news)
 
     @property
+    def needed(self) -> Mapping[str, SubNetwork]:
+        """The personas with weights of their own that live sequences are of, by digest."""
+        functions = ((digest, sequences[0].request.function) for digest, sequences in self._own.items())
+        return {digest: one.subnetwork for digest, one in functions if one.subnetwork is not None}
+
+    @property
     def has_room(self) -> bool:
         """Whether one more request would be taken, of either priority."""
         return max(self._num_live[PLAYER], self._num_live[AMBIENT]) < self._max_live
@@ -115,6 +127,9 @@ class Scheduler:
         self._live[request.id] = sequence
         self._num_live[sequence.level] += 1
         self._waiting[sequence.level].append(sequence)
+        if request.function.has_own_ffn:
+            sequence.load_by = self._clock() + self._limits.load_timeout_s
+            self._own.setdefault(request.function.digest, []).append(sequence)
         if request.deadline_s is not None:
             sequence.deadline_at = self._clock() + request.deadline_s
             self._timed[request.id] = sequence
@@ -133,6 +148,7 @@ class Scheduler:
     def next_batch(self) -> Batch:
         """Every decoding sequence's next token, and prompt chunks within the step's number of prompt tokens."""
         self._end_overdue()
+        self._end_unloaded()
         self._fit_budget()
         prefill = self._prefill()
         taken = {chunk.sequence for chunk in prefill}
@@ -211,9 +227,27 @@ class Scheduler:
         del self._live[sequence.request.id]
         self._num_live[sequence.level] -= 1
         self._timed.pop(sequence.request.id, None)
+        if sequence.request.function.has_own_ffn:
+            self._let_go(sequence)
         if sequence.admitted_at is not None and not sequence.request.prefill_only:
             seconds = self._clock() - sequence.admitted_at
             self._seconds_a_request += 0.1 * (seconds - self._seconds_a_request)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Its persona's own weights are needed no more by it."""
+        digest = sequence.request.function.digest
+        self._own[digest].remove(sequence)
+        if not self._own[digest]:
+            del self._own[digest]
+
+    def _end_unloaded(self) -> None:
+        """End those whose own weights do not come."""
+        for digest, sequences in list(self._own.items()):
+            loading = self._loading(digest)
+            if loading != "loaded":
+                now = self._clock()
+                late = [one for one in sequences if loading == "failed" or now >= one.load_by]
+                self._news += [self._end(sequence, "unloaded") for sequence in late]
 
     def _end_overdue(self) -> None:
         if self._timed:
@@ -257,7 +291,7 @@ class Scheduler:
 
     def _may_go(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence waits for no other's blocks; who computes those is then as urgent as it is."""
-        if sequence in self._passed:
+        if sequence in self._passed or not self._is_loaded(sequence):
             return False
         awaited = self._in_flight.awaited_by(sequence)
         if awaited is None:
@@ -265,6 +299,10 @@ class Scheduler:
         awaited.sequence.lend(sequence.level, awaited.num_tokens)
         self._passed.add(sequence)
         return False
+
+    def _is_loaded(self, sequence: Sequence) -> bool:
+        function = sequence.request.function
+        return not function.has_own_ffn or self._loading(function.digest) == "loaded"
 
     def _is_warm(self, sequence: Sequence) -> bool:
         """Whether a prefill-only request has nothing left to compute."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 
@@ -29,6 +30,7 @@ class Sequence:
     admitted_at: float | None = None  # seconds on the scheduler's clock, the first time
     turn: int = -1  # place in the order of first admissions
     deadline_at: float | None = None  # seconds on the scheduler's clock
+    load_by: float = math.inf  # seconds on the scheduler's clock: until when it waits for weights of its own
     block_keys: list[int] = field(default_factory=list)  # see `InFlight`
     awaited: Awaited | None = None  # whose blocks it waits for
     lent: Loan | None = None  # a higher level's urgency, while somebody of that level waits for its blocks

@@ -28,6 +28,7 @@ class EngineSettings:
     prefix_cache_bytes: int = 512 * MIB  # 0: no prefix reuse
     pack_cache_bytes: int = 512 * MIB  # compact and cast packs; 0: everything stays on the dense pack
     quantization: Quantization = "none"  # of the weights
+    load_timeout_s: float = 30.0  # that a request waits for its persona's own FFN weights
 
     def __post_init__(self) -> None:
         for field, least in (
@@ -42,6 +43,8 @@ class EngineSettings:
             value = getattr(self, field)
             if value is not None and value < least:
                 raise SettingError(field, f"must be at least {least}, not {value}")
+        if not self.load_timeout_s > 0:
+            raise SettingError("load_timeout_s", f"must be above 0 seconds, not {self.load_timeout_s:g}")
         if self.quantization not in QUANTIZATIONS:
             raise SettingError("quantization", f"{self.quantization!r} is not one of {', '.join(QUANTIZATIONS)}")
 

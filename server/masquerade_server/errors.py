@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from masquerade_masks import (
+    AttachedNotFound,
     BaseMismatch,
     BaseNotFound,
     ContextTooLong,
@@ -28,6 +29,8 @@ from masquerade_masks import (
     StorageFull,
     UnsupportedModel,
     VersionNotFound,
+    WeightsNotLoaded,
+    WeightsTooLarge,
 )
 
 
@@ -106,6 +109,18 @@ class DamagedFile(MasqueradeError):
         return f"the {self.what} file of {where}, is damaged or gone on the server"
 
 
+class NothingAttached(MasqueradeError):
+    """A version that is a mask alone."""
+
+    def __init__(self, persona_id: str, version: int) -> None:
+        super().__init__(persona_id, version)
+        self.persona_id = persona_id
+        self.version = version
+
+    def __str__(self) -> str:
+        return f"version {self.version} of persona {self.persona_id!r} has no attached weights"
+
+
 class NotReady(MasqueradeError):
     """The base is still being loaded, or could not be."""
 
@@ -155,12 +170,14 @@ WIRE: dict[type[MasqueradeError], Wire] = {
     ContextTooLong: Wire(400, _REQUEST, "context_length_exceeded", "messages"),
     MaskError: Wire(400, _REQUEST, "invalid_mask", "mask"),
     BaseMismatch: Wire(400, _REQUEST, "base_mismatch", "mask"),
+    AttachedNotFound: Wire(400, _REQUEST, "attached_not_found", "mask"),
     Unauthorized: Wire(401, "authentication_error", "invalid_api_key"),
     RouteNotFound: Wire(404, _REQUEST, "route_not_found"),
     ModelNotFound: Wire(404, _REQUEST, "model_not_found"),
     PersonaNotFound: Wire(404, _REQUEST, "persona_not_found"),
     VersionNotFound: Wire(404, _REQUEST, "version_not_found", "version"),
     NoMaskYet: Wire(404, _REQUEST, "no_mask_yet"),
+    NothingAttached: Wire(404, _REQUEST, "nothing_attached", "version"),
     JobNotFound: Wire(404, _REQUEST, "job_not_found"),
     MethodNotAllowed: Wire(405, _REQUEST, "method_not_allowed"),
     PersonaExists: Wire(409, _REQUEST, "persona_exists", "id"),
@@ -175,6 +192,8 @@ WIRE: dict[type[MasqueradeError], Wire] = {
     UnsupportedModel: Wire(500, _SERVER, "unsupported_model"),
     NotReady: Wire(503, _SERVER, "not_ready"),
     EngineStopped: Wire(503, _SERVER, "engine_stopped"),
+    WeightsNotLoaded: Wire(503, _SERVER, "weights_not_loaded"),
+    WeightsTooLarge: Wire(503, _SERVER, "weights_too_large"),
     DeadlineExceeded: Wire(504, "deadline_exceeded", "deadline_exceeded", "deadline_s"),
     StorageFull: Wire(507, _SERVER, "storage_full"),
 }
@@ -189,6 +208,7 @@ _HOPELESS = (
     DeadlineExceeded,
     BaseNotFound,
     UnsupportedModel,
+    WeightsTooLarge,
 )
 
 
@@ -213,7 +233,7 @@ def _message(error: MasqueradeError) -> str:
 def error_headers(error: MasqueradeError) -> dict[str, str]:
     """What the status promises beside the body: Retry-After, Allow, WWW-Authenticate, x-should-retry."""
     headers = {}
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFull | WeightsNotLoaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, NotReady) and not error.failed:
         headers["retry-after"] = str(RETRY_WHILE_LOADING_S)

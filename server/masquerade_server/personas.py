@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
@@ -15,14 +16,16 @@ from masquerade_masks import (
     JobConflict,
     Mask,
     MaskError,
+    MaskFormatError,
     NoMaskYet,
     PersonaExists,
     SettingError,
     VersionNotFound,
+    attached_file,
 )
-from masquerade_masks.mask_file import decode
+from masquerade_masks.mask_file import MaskFile, decode
 from masquerade_masks.registry import Job, Persona, Version
-from masquerade_server.errors import DamagedFile
+from masquerade_server.errors import DamagedFile, NothingAttached
 from masquerade_server.identifiers import id_from_name
 from masquerade_server.overlap import overlap_json
 from masquerade_server.publishing import Publication, publish
@@ -146,13 +149,12 @@ class PersonaDesk:
     def install_mask(self, persona_id: str, data: bytes) -> Persona:
         """Publish an uploaded mask file as the next version and serve it.
 
-        A mask learned under another text than the persona's is served and flagged.
-        Raises `MaskError`, `PersonaNotFound`, `JobConflict`, `StorageFull`.
+        A mask learned under another text than the persona's is served and flagged. One that names attached weights
+        takes those of any version here.
+        Raises `MaskError` (`AttachedNotFound` among them), `PersonaNotFound`, `JobConflict`, `StorageFull`.
         """
         persona = self._registry.get_persona(persona_id)
-        uploaded = decode(data, base=self._base.fingerprint, shape=self._base.shape)
-        if uploaded.header.recovery not in ("none", "vectors") or uploaded.subnetwork.attached:
-            raise SettingError("mask", "needs attached weights, which this version cannot upload")
+        uploaded = self._with_weights(decode(data, base=self._base.fingerprint, shape=self._base.shape))
         self._refuse_while_sculpting(persona_id)
         publication = Publication(persona_id, persona.text, persona.system_prompt, uploaded, "upload")
         publish(self._registry, self._files, publication)
@@ -201,6 +203,18 @@ class PersonaDesk:
             raise DamagedFile(version.persona_id, version.number, "mask") from error
         raise DamagedFile(version.persona_id, version.number, "mask")
 
+    def attached_path(self, version: Version) -> Path:
+        """The file of a version's attached weights, as it was published. Raises `NothingAttached`, `DamagedFile`."""
+        if not version.attached:
+            raise NothingAttached(version.persona_id, version.number)
+        try:
+            path = self._files.attached_path(version.persona_id, version.number, version.attached)
+            if attached_file.read(path).digest == version.attached:
+                return path
+        except (MaskError, VersionNotFound, OSError) as error:
+            raise DamagedFile(version.persona_id, version.number, "attached weights'") from error
+        raise DamagedFile(version.persona_id, version.number, "attached weights'")
+
     def report(self, version: Version) -> Json | None:
         """A version's fidelity report; None for one that was uploaded. Raises `DamagedFile`."""
         try:
@@ -246,6 +260,17 @@ class PersonaDesk:
             residency=self._residency(serving),
             report=self.report(serving.version) if with_report and serving.version is not None else None,
         )
+
+    def _with_weights(self, uploaded: MaskFile) -> MaskFile:
+        """The mask with the attached weights that it names. Raises `MaskError`."""
+        attached, recovery = uploaded.subnetwork.attached, uploaded.header.recovery
+        if len(attached) > 1 or recovery not in ([attached[0][0]] if attached else ["none", "vectors"]):
+            names = ", ".join(name for name, _ in attached) or "none"
+            raise MaskFormatError(f"the mask says recovery {recovery[:40]!r}, and its attached weights are {names}")
+        if not attached:
+            return uploaded
+        weights = self._files.find_attached(*attached[0])
+        return replace(uploaded, subnetwork=replace(uploaded.subnetwork, weights=weights))
 
     def _residency(self, serving: Serving) -> str:
         """Of the pack that serves; the base's own is always there."""

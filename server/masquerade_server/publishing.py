@@ -41,14 +41,15 @@ def publish(
     """Write the files, then add the version and serve it; with `job_id` that job has succeeded.
 
     Raises `StorageFull` with nothing changed, `PersonaNotFound` for one that was deleted meanwhile,
-    `JobConflict` where the job is not the worker's any more.
+    `AttachedNotFound` for a mask whose attached weights are not loaded, `JobConflict` where the job is not the worker's
+    any more.
     """
     persona_id = publication.persona_id
     number = registry.next_version(persona_id)
     header = replace(publication.mask_file.header, persona=persona_id, version=number, created=utc_now())
     content = MaskFile(publication.mask_file.subnetwork, header)
     files.publish_version(persona_id, number, content, report=publication.report, examples=publication.examples)
-    mask = content.subnetwork.mask
+    mask, weights = content.subnetwork.mask, content.subnetwork.weights
     version = Version(
         persona_id=persona_id,
         number=number,
@@ -63,6 +64,8 @@ def publish(
         bytes=files.mask_path(persona_id, number).stat().st_size,
         source=publication.source,
         created=header.created,
+        attached="" if weights is None else weights.digest,
+        attached_bytes=0 if weights is None else files.attached_path(persona_id, number, weights.digest).stat().st_size,
     )
     return registry.add_version(version, serve=True, job_id=job_id, worker=worker)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
-from masquerade_masks import BaseMismatch, MaskError, PersonaNotFound
+from masquerade_masks import AttachedNotFound, BaseMismatch, MaskError, PersonaNotFound
 from masquerade_masks.mask_file import decode
 from masquerade_masks.store import write_json_atomic
 from masquerade_server.publishing import Publication, register
@@ -79,6 +79,8 @@ def import_ready(base: Base, registry: Registry, files: PersonaFiles, data_dir: 
 def _import(ready: ReadyPersona, base: Base, registry: Registry, files: PersonaFiles) -> bool:
     try:
         mask_file = decode(ready.mask.read_bytes(), base=base.fingerprint, shape=base.shape)
+        if mask_file.subnetwork.attached:  # a mask is all that is shipped
+            raise AttachedNotFound(*mask_file.subnetwork.attached[0])
     except BaseMismatch:
         log.info("ready persona %s is not for this base (%s)", ready.id, base.name)
         return False

@@ -53,19 +53,13 @@ def _base_teacher(value: Any) -> Any:
     return value
 
 
-def _served(value: Any) -> Any:
-    if value in ("lora", "full"):
-        raise ValueError("must be 'none' or 'vectors': weights beside the mask are not served in this version")
-    return value
-
-
 Name = Annotated[str, Field(max_length=MAX_NAME_CHARS), AfterValidator(_one_line)]
 PersonaText = Annotated[str, AfterValidator(_prose)]
 Identifier = Annotated[str, Field(pattern=ID_PATTERN)]
 Sparsity = Annotated[float, Field(strict=True, gt=0, le=MAX_SPARSITY, allow_inf_nan=False)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**63 - 1)]
 Flag = Annotated[bool, Field(strict=True)]
-Recovery = Annotated[Literal["none", "vectors"], BeforeValidator(_served)]
+Recovery = Literal["none", "vectors", "lora", "full"]
 Teacher = Annotated[Literal["base"], BeforeValidator(_base_teacher)]
 
 

@@ -57,7 +57,15 @@ def mask_json(version: Version) -> Json:
         "bytes": version.bytes,
         "kept": version.kept,
         "intermediate_size": version.intermediate_size,
+        "attached": attached_json(version),
     }
+
+
+def attached_json(version: Version) -> Json | None:
+    """The weights beside the mask, where there are any."""
+    if not version.attached:
+        return None
+    return {"kind": version.recovery, "digest": version.attached, "bytes": version.attached_bytes}
 
 
 def version_json(version: Version) -> Json:

@@ -117,13 +117,14 @@ class Worker:
                 self.work_on(job)
 
     def tidy(self) -> None:
-        """Free the jobs of workers that are dead, and remove the work of jobs that have ended."""
+        """Free the jobs of workers that are dead, and remove what they and jobs that have ended left."""
         for name in dead_workers(self._data_dir):
             if self._registry.release_leases(name):
                 log.info("worker %s is dead; its job goes on here", name)
         for workdir in self._jobs_dir.iterdir() if self._jobs_dir.is_dir() else ():
             if self._has_ended(workdir.name):
                 shutil.rmtree(workdir, ignore_errors=True)
+        self._files.tidy()
 
     def work_on(self, job: Job) -> None:
         """Run one claimed job to its end, or to the end of this process."""

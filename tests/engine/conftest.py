@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,20 @@ from masquerade_engine import Base, Engine, PersonaFunction, Request, SamplingPa
 from masquerade_engine.detokenizer import Detokenizer
 from masquerade_engine.sequence import Batch, Chunk
 from masquerade_engine.sequence import Sequence as EngineSequence
-from masquerade_masks import Mask, SubNetwork
+from masquerade_masks import Attached, Mask, SubNetwork
+from masquerade_masks.attached import Kind
 
 
 def _make_function(
-    base: Base, seed: int, *, sparsity: float = 0.5, gain: bool = False, bias: bool = False, cast: str = "town"
+    make_attached: Callable[..., Attached],
+    base: Base,
+    seed: int,
+    *,
+    sparsity: float = 0.5,
+    gain: bool = False,
+    bias: bool = False,
+    cast: str = "town",
+    attached: Kind | None = None,
 ) -> PersonaFunction:
     shape = base.shape
     generator = np.random.default_rng(seed)
@@ -29,6 +39,7 @@ def _make_function(
         Mask.from_kept_indices(indices, shape.intermediate_size),
         gain=generator.normal(1, 0.2, (shape.num_layers, kept)).astype(np.float16) if gain else None,
         bias=generator.normal(0, 0.2, (shape.num_layers, shape.hidden_size)).astype(np.float16) if bias else None,
+        weights=None if attached is None else make_attached(attached, shape, kept, seed=seed),
     )
     return PersonaFunction(subnetwork.digest, cast, subnetwork)
 
@@ -46,9 +57,9 @@ def _forced_logits(
 
 
 @pytest.fixture(scope="session")
-def make_function() -> Callable[..., PersonaFunction]:
-    """`make_function(base, seed, sparsity=0.5, gain=False, bias=False, cast="town")`: a random sub-network."""
-    return _make_function
+def make_function(make_attached: Callable[..., Attached]) -> Callable[..., PersonaFunction]:
+    """`make_function(base, seed, sparsity=, gain=, bias=, cast="town", attached="lora")`: a random sub-network."""
+    return partial(_make_function, make_attached)
 
 
 @pytest.fixture(scope="session")

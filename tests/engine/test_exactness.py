@@ -14,8 +14,12 @@ from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Req
 from masquerade_engine.attention import Span, TorchAttention
 from masquerade_engine.reference import reference_logits
 from masquerade_engine.runner import Runner
+from masquerade_engine.seams import persona_ffns
 from masquerade_engine.sequence import Batch
+from masquerade_kernels import lora_factors
 from masquerade_kernels.rows import TorchRows
+from masquerade_masks import Attached, Mask
+from masquerade_masks.attached import PARTS, full_name
 
 TOLERANCE = 1e-4  # on a logit, float32
 DENSE_ONLY = EngineSettings(max_num_seqs=8, max_model_len=256, pack_cache_bytes=0)
@@ -39,18 +43,38 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
 
 def expected_logits(base: Base, function: PersonaFunction, tokens: tuple[int, ...]) -> torch.Tensor:
     """`[num_tokens, vocab]` of the eager reference."""
-    coefficients = biases = None
-    if function.subnetwork is not None:
-        coefficients = torch.from_numpy(function.subnetwork.coefficients())
-        rows = function.subnetwork.biases()
-        biases = None if rows is None else torch.from_numpy(rows)
-    return reference_logits(base.build_model(), torch.tensor([tokens]), coefficients, biases)[0]
+    subnetwork, model, ids = function.subnetwork, base.build_model(), torch.tensor([tokens])
+    if subnetwork is None:
+        return reference_logits(model, ids)[0]
+    coefficients, rows, attached = torch.from_numpy(subnetwork.coefficients()), subnetwork.biases(), subnetwork.weights
+    biases = None if rows is None else torch.from_numpy(rows)
+    lora = None
+    if attached is not None and attached.kind == "lora":
+        lora = [lora_factors(attached, layer) for layer in range(base.shape.num_layers)]
+    elif attached is not None:
+        replace_weights(model, subnetwork.mask, attached)
+    return reference_logits(model, ids, coefficients, biases, lora)[0]
+
+
+@torch.no_grad()
+def replace_weights(model: torch.nn.Module, mask: Mask, own: Attached) -> None:
+    """The kept rows of gate and up, and columns of down, become a persona's own."""
+    for ffn in persona_ffns(model):
+        kept = torch.from_numpy(mask.layer(ffn.layer))
+        gate, up, down = (torch.from_numpy(own.float32(full_name(ffn.layer, part))) for part in PARTS)
+        ffn.gate_proj.get_parameter("weight")[kept] = gate
+        ffn.up_proj.get_parameter("weight")[kept] = up
+        ffn.down_proj.get_parameter("weight")[:, kept] = down
 
 
 def wait_until_compact(engine: Engine, function: PersonaFunction) -> None:
     engine.install(function)
+    wait_until(lambda: engine.residency(function.digest) == "compact")
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while engine.residency(function.digest) != "compact":
+    while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
@@ -84,6 +108,91 @@ def test_dense_compact_and_reference_agree(
 
 
 @pytest.mark.parametrize(("model_type", "config"), FAMILIES)
+def test_low_rank_updates_agree_in_every_pack(
+    model_type: str,
+    config: dict[str, Any],
+    tmp_path: Path,
+    make_tiny_base: Callable[..., Path],
+    make_function: Function,
+    forced_logits: Forced,
+    prompt_of: Prompt,
+) -> None:
+    made = make_tiny_base(tmp_path / "base", model_type, **config)
+    base = load_base(str(made), cache_dir=tmp_path / "cache", dtype="fp32")
+    function, other = make_function(base, 1, gain=True, bias=True, attached="lora"), make_function(base, 2)
+    tokens, stops = prompt_of(2, 40), [11, 12, 30, *range(35, 41)]
+    expected = expected_logits(base, function, tokens)[[stop - 1 for stop in stops]]
+    plain = make_function(base, 1, gain=True, bias=True)
+    assert (expected_logits(base, plain, tokens)[-1] - expected[-1]).abs().max() > 0.1
+    found = {}
+    with Engine(base, DENSE_ONLY) as engine:
+        found["dense"] = forced_logits(engine, function, tokens, stops, slot=3)
+    with Engine(base, EngineSettings(max_num_seqs=4, max_model_len=128)) as engine:
+        wait_until_compact(engine, function)
+        found["compact"] = forced_logits(engine, function, tokens, stops)
+        engine.install(other)
+        wait_until(lambda: len(engine.runner.packs.resident.packs) == 3)
+        only_the_cast_is_resident(engine, "town")
+        found["cast"] = forced_logits(engine, function, tokens, stops)
+    for logits in found.values():
+        assert (logits - expected).abs().max() < TOLERANCE
+
+
+def only_the_cast_is_resident(engine: Engine, cast: str) -> None:
+    packs = engine.runner.packs
+    packs._resident = packs.resident.without([key for key in packs.resident.packs if key != f"cast:{cast}"])
+    assert len(packs.resident.packs) == 1
+
+
+@pytest.mark.parametrize(("model_type", "config"), FAMILIES)
+def test_own_weights_are_the_reference_with_its_weights_replaced(
+    model_type: str,
+    config: dict[str, Any],
+    tmp_path: Path,
+    make_tiny_base: Callable[..., Path],
+    make_function: Function,
+    forced_logits: Forced,
+    prompt_of: Prompt,
+) -> None:
+    made = make_tiny_base(tmp_path / "base", model_type, **config)
+    base = load_base(str(made), cache_dir=tmp_path / "cache", dtype="fp32")
+    function = make_function(base, 1, gain=True, bias=True, attached="full")
+    tokens, stops = prompt_of(2, 40), [11, 12, 30, *range(35, 41)]
+    expected = expected_logits(base, function, tokens)[[stop - 1 for stop in stops]]
+    with Engine(base, EngineSettings(max_num_seqs=4, max_model_len=128)) as engine:
+        wait_until_compact(engine, function)
+        found = forced_logits(engine, function, tokens, stops)
+    assert (found - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("pack_cache_bytes", [16 << 20, 80_000])  # all packs, and hardly more than the own weights'
+def test_attached_weights_of_every_kind_in_one_batch(
+    pack_cache_bytes: int,
+    tiny_base: Base,
+    make_function: Function,
+    prompt_of: Prompt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds = ["lora", "full", None, "lora"]
+    functions = [
+        make_function(tiny_base, i, gain=i % 2 == 0, bias=i == 1, attached=kind) for i, kind in enumerate(kinds)
+    ]
+    functions.append(PersonaFunction("base", "town"))
+    greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    seeded = SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
+    settings = EngineSettings(max_num_seqs=10, max_model_len=256, prefill_chunk=64, pack_cache_bytes=pack_cache_bytes)
+    with Engine(tiny_base, settings) as engine:
+        recorded = record_logits(engine, monkeypatch)
+        engine.generate_all(
+            Request(str(i), prompt_of(i, 5 + 9 * i), functions[i % 5], greedy if i < 5 else seeded) for i in range(10)
+        )
+    compared = [(name, *step[name]) for step in recorded for name in step]
+    assert len(compared) == 80
+    for name, tokens, row in compared:
+        assert (row - expected_logits(tiny_base, functions[int(name) % 5], tokens)[-1]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(("model_type", "config"), FAMILIES)
 def test_plain_torch_which_other_devices_run_agrees_as_well(
     model_type: str,
     config: dict[str, Any],
@@ -101,7 +210,8 @@ def test_plain_torch_which_other_devices_run_agrees_as_well(
     monkeypatch.setattr(runner, "row_ops", lambda device, dtype: TorchRows())
     monkeypatch.setattr(Runner, "_attention", attention)
     base = load_base(str(make_tiny_base(tmp_path / "base", model_type, **config)), cache_dir=tmp_path, dtype="fp32")
-    functions = [make_function(base, seed, gain=True, bias=seed == 1) for seed in range(3)]
+    kinds = [None, "lora", None]
+    functions = [make_function(base, i, gain=True, bias=i == 1, attached=kind) for i, kind in enumerate(kinds)]
     greedy = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     settings = EngineSettings(max_num_seqs=4, max_model_len=128, prefill_chunk=24, pack_cache_bytes=0)
     with Engine(base, settings) as engine:

@@ -44,6 +44,16 @@ def test_equals_do_not_chase_each_other() -> None:
     assert policy.victims(["b"], 50, {"a": (["a"], 50)}) is None
 
 
+def test_what_is_needed_never_goes_and_what_must_come_needs_not_be_busy() -> None:
+    policy, _ = make_policy(100)
+    for _ in range(9):
+        policy.touch("busy")
+    resident = {"busy": (["busy"], 50), "needed": (["needed"], 50)}
+    assert policy.victims(["new"], 50, resident, needed={"needed"}) is None
+    assert policy.victims(["new"], 50, resident, needed={"needed"}, must=True) == ["busy"]
+    assert policy.victims(["new"], 60, resident, needed={"needed"}, must=True) is None
+
+
 def test_busyness_fades() -> None:
     policy, clock = make_policy(50)
     for _ in range(8):

@@ -12,16 +12,22 @@ from masquerade_engine.prefix_index import BLOCK, PrefixIndex
 from masquerade_engine.requests import PersonaFunction, Request, SamplingParams, TokenOutput
 from masquerade_engine.scheduler import Scheduler, SchedulerLimits
 from masquerade_engine.sequence import Batch, SampledToken, Sequence, Trim
-from masquerade_masks import ContextTooLong, QueueFull, SettingError
+from masquerade_masks import ContextTooLong, FFNShape, Mask, QueueFull, SettingError, SubNetwork
 
 STOP = 0
 BASE = PersonaFunction("base:x", "cast")
 
 
-def make_scheduler(num_blocks: int = 0, clock: Callable[[], float] = lambda: 0.0, **limits: int) -> Scheduler:
+def make_scheduler(
+    num_blocks: int = 0,
+    clock: Callable[[], float] = lambda: 0.0,
+    loading: Callable[[str], str] = lambda digest: "loaded",
+    **limits: float,
+) -> Scheduler:
     defaults = {"max_num_seqs": 2, "max_model_len": 100, "prefill_chunk": 32, "max_queue": 4}
     defaults |= {"kv_tokens": 1000, "kept_slot_tokens": 100}
-    return Scheduler(SchedulerLimits(**(defaults | limits)), PrefixIndex(num_blocks), frozenset({STOP}), clock)
+    chosen: dict[str, Any] = defaults | limits
+    return Scheduler(SchedulerLimits(**chosen), PrefixIndex(num_blocks), frozenset({STOP}), clock, loading)
 
 
 def make_sequence(
@@ -34,14 +40,16 @@ def make_sequence(
     deadline_s: float | None = None,
     prefill_only: bool = False,
     pin: bool = False,
+    own: SubNetwork | None = None,
     **sampling: Any,
 ) -> Sequence:
-    """The prompt counts up from `first`."""
+    """The prompt counts up from `first`; `own` is a sub-network with FFN weights of its own."""
+    function = replace(BASE, cast=cast) if own is None else PersonaFunction(own.digest, cast, own)
     parameters = SamplingParams(**({"max_tokens": 3} | sampling))
     request = Request(
         name,
         tuple(range(first, first + num_prompt)),
-        replace(BASE, cast=cast),
+        function,
         parameters,
         priority,
         deadline_s=deadline_s,
@@ -659,4 +667,92 @@ def test_a_pin_without_room_is_refused_and_leaves_nothing() -> None:
     scheduler = make_scheduler(num_blocks=4)
     with pytest.raises(SettingError, match=f"{2 * BLOCK} tokens"):
         scheduler.add(make_sequence("warm", 3 * BLOCK, prefill_only=True, pin=True))
+    assert not scheduler.has_work
+
+
+# Weights of one's own
+
+
+def own_weights(digest: str = "12" * 32) -> SubNetwork:
+    return SubNetwork("x", FFNShape(1, 8, 4), Mask.from_kept_indices([[0, 1]], 8), attached=(("full", digest),))
+
+
+class Loads:
+    """What is loaded when a test says so."""
+
+    def __init__(self) -> None:
+        self.state = "loading"
+
+    def __call__(self, digest: str) -> str:
+        return self.state
+
+
+def test_a_request_waits_for_its_own_weights_and_others_go_ahead() -> None:
+    loads = Loads()
+    scheduler = make_scheduler(max_num_seqs=1, loading=loads)
+    own = own_weights()
+    scheduler.add(make_sequence("own", own=own))
+    assert scheduler.needed == {own.digest: own}
+    scheduler.add(make_sequence("a"))
+    batch, _ = step(scheduler)
+    assert names(batch) == [("a", 0, 5)]
+    loads.state = "loaded"
+    run_out(scheduler)
+    scheduler.add(make_sequence("own again", own=own))
+    assert names(step(scheduler)[0]) == [("own again", 0, 5)]
+    assert scheduler.needed == {own.digest: own}
+    run_out(scheduler)
+    assert scheduler.needed == {}
+
+
+def test_nothing_runs_while_all_wait_for_their_weights() -> None:
+    scheduler = make_scheduler(loading=Loads())
+    scheduler.add(make_sequence("own", own=own_weights()))
+    batch, outputs = step(scheduler)
+    assert (batch.chunks, outputs, scheduler.has_work) == ((), [], True)
+
+
+def test_weights_that_do_not_come_in_time_end_the_request() -> None:
+    clock = Clock()
+    scheduler = make_scheduler(clock=clock, loading=Loads(), load_timeout_s=30.0)
+    scheduler.add(make_sequence("first", own=own_weights()))
+    clock.now = 20.0
+    scheduler.add(make_sequence("second", own=own_weights()))
+    assert step(scheduler)[1] == []
+    clock.now = 30.0
+    (ended,) = step(scheduler)[1]
+    assert (ended.request_id, ended.finish_reason) == ("first", "unloaded")
+    assert list(scheduler.needed) == [own_weights().digest]
+    clock.now = 50.0
+    assert [output.request_id for output in step(scheduler)[1]] == ["second"]
+    assert not scheduler.has_work
+
+
+def test_weights_that_cannot_be_loaded_end_their_requests_at_once() -> None:
+    loads = Loads()
+    scheduler = make_scheduler(loading=loads)
+    scheduler.add(make_sequence("own", own=own_weights()))
+    scheduler.add(make_sequence("a"))
+    loads.state = "failed"
+    outputs = {output.request_id: output.finish_reason for output in step(scheduler)[1]}
+    assert outputs == {"own": "unloaded", "a": None}
+
+
+def test_a_request_that_runs_or_waits_for_a_slot_is_not_late() -> None:
+    clock, loads = Clock(), Loads()
+    loads.state = "loaded"
+    scheduler = make_scheduler(max_num_seqs=1, clock=clock, loading=loads)
+    for name in "ab":
+        scheduler.add(make_sequence(name, own=own_weights()))
+    step(scheduler)
+    clock.now = 1000.0
+    ended = {output.request_id: output.finish_reason for output in run_out(scheduler) if output.finish_reason}
+    assert ended == {"a": "length", "b": "length"}
+
+
+def test_a_cancelled_request_needs_its_weights_no_more() -> None:
+    scheduler = make_scheduler(loading=Loads())
+    scheduler.add(make_sequence("own", own=own_weights()))
+    scheduler.cancel("own")
+    assert scheduler.needed == {}
     assert not scheduler.has_work

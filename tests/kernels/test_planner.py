@@ -94,3 +94,29 @@ def test_every_run_is_planned_once_on_a_pack_that_covers_it_and_never_dearer_tha
             assert not any(runs[index].pinned for index in segment.runs)
     assert cost <= COSTS.per_segment + COSTS(sum(run.num_tokens for run in runs))
     assert [segment.pack for segment in segments].count(None) == 0 or segments[0].pack is None
+
+
+# Weights of one's own
+
+
+def test_a_persona_with_weights_of_its_own_runs_on_its_own_pack_whatever_it_costs() -> None:
+    runs = [Run("a", 1), Run("o", 1, own=True), Run("b", 1), Run("o", 40, own=True), Run("p", 1, own=True)]
+    assert plan_step(runs, compact("o", "p") | cast("ab", 0.6), COSTS) == (
+        Segment("cast:ab", (0, 2)),
+        Segment("o", (1, 3)),
+        Segment("p", (4,)),
+    )
+
+
+def test_own_weights_do_not_change_where_the_others_run() -> None:
+    runs = [Run("a", 1), Run("b", 1), Run(None, 1)]
+    alone = plan_step(runs, compact("a", "b", "o"), COSTS)
+    assert plan_step([*runs, Run("o", 90, own=True)], compact("a", "b", "o"), COSTS) == (*alone, Segment("o", (3,)))
+
+
+def test_a_reproducible_request_with_own_weights_has_but_one_pack() -> None:
+    assert plan_step([Run("o", 1, pinned=True, own=True)], compact("o"), COSTS) == (Segment("o", (0,)),)
+
+
+def test_a_step_of_own_weights_alone_reads_nothing_else() -> None:
+    assert plan_step([Run("o", 3, own=True)], compact("a", "o"), COSTS) == (Segment("o", (0,)),)

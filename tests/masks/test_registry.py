@@ -4,7 +4,7 @@ import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -596,6 +596,21 @@ def test_an_older_file_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(SettingError, match="written by a newer Masquerade") as refused:
         SQLiteRegistry(path)
     assert refused.value.field == "data_dir"
+
+
+def test_versions_from_before_attached_weights_have_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "registry.db"
+    monkeypatch.setattr(connections, "MIGRATIONS", MIGRATIONS[:1])
+    SQLiteRegistry(path).close()
+    columns = {name: value for name, value in asdict(version(1)).items() if not name.startswith("attached")}
+    with sqlite3.connect(path) as connection:
+        names, marks = ", ".join(f'"{name}"' for name in columns), ", ".join("?" * len(columns))
+        connection.execute(f"INSERT INTO versions ({names}) VALUES ({marks})", tuple(columns.values()))
+    connection.close()
+    monkeypatch.undo()
+    with SQLiteRegistry(path) as registry:
+        registry.create_persona(persona())
+        assert (registry.list_versions("inn"), version(1).attached) == ([version(1)], "")
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

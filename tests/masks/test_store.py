@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from masquerade_masks import (
+    Attached,
+    AttachedNotFound,
     BaseMismatch,
     MaskFile,
     MaskFormatError,
@@ -17,6 +21,7 @@ from masquerade_masks import (
     VersionNotFound,
     check_persona_id,
 )
+from masquerade_masks.mask_file import encode
 
 
 @pytest.fixture
@@ -199,3 +204,118 @@ for number in itertools.count(1):
     for number in range(1, acknowledged + 1):
         assert files.read_mask("inn", number).header.version == number
         assert files.read_report("inn", number) == {"number": number}
+
+
+# Attached weights
+
+
+@pytest.fixture
+def attach(make_mask_file: Callable[..., MaskFile], make_attached: Callable[..., Attached]) -> Callable[..., MaskFile]:
+    """`attach(kind, version=1, seed=0)`: a mask file with weights attached."""
+
+    def make(kind: str, version: int = 1, seed: int = 0) -> MaskFile:
+        content = make_mask_file(version, seed=seed)
+        subnetwork = content.subnetwork
+        weights = make_attached(kind, subnetwork.shape, subnetwork.mask.kept, seed=seed)
+        return replace(content, subnetwork=replace(subnetwork, weights=weights))
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_attached_weights_come_and_go_with_their_version(
+    kind: str, files: PersonaFiles, attach: Callable[..., MaskFile]
+) -> None:
+    content = attach(kind)
+    weights = content.subnetwork.weights
+    assert weights is not None
+    files.publish_version("inn", 1, content)
+    name = f"attached-{weights.digest}.safetensors"
+    assert listing(files) == [f"inn/v1/{name}", "inn/v1/mask.safetensors"]
+    found = files.read_mask("inn", 1)
+    assert found == content
+    assert found.subnetwork.weights == weights
+    assert files.attached_path("inn", 1, weights.digest).name == name
+    assert files.find_attached(kind, weights.digest) == weights
+    files.remove("inn")
+    assert listing(files) == []
+
+
+def test_attached_weights_of_one_version_may_serve_another(
+    files: PersonaFiles, attach: Callable[..., MaskFile]
+) -> None:
+    files.publish_version("inn", 1, attach("lora"))
+    bare = replace(attach("lora").subnetwork, weights=None)
+    found = files.find_attached(*bare.attached[0])
+    files.publish_version("mill", 1, replace(attach("lora"), subnetwork=replace(bare, weights=found)))
+    files.remove("inn")
+    assert files.read_mask("mill", 1).subnetwork.weights == found
+
+
+def test_a_mask_is_never_there_without_its_attached_weights(
+    files: PersonaFiles, attach: Callable[..., MaskFile]
+) -> None:
+    content = attach("lora")
+    bare = replace(content, subnetwork=replace(content.subnetwork, weights=None))
+    with pytest.raises(AttachedNotFound, match="needs lora weights of digest"):
+        files.publish_version("inn", 1, bare)
+    assert listing(files) == []
+    directory = files.publish_version("inn", 1, content)
+    next(directory.glob("attached-*")).unlink()
+    with pytest.raises(AttachedNotFound):
+        files.read_mask("inn", 1)
+    files.publish_version("inn", 1, content)  # what is damaged is written again
+    assert files.read_mask("inn", 1) == content
+
+
+@pytest.mark.parametrize("digest", ["12" * 32, "../../x", "*"])
+def test_unknown_attached_weights_are_refused(
+    digest: str, files: PersonaFiles, attach: Callable[..., MaskFile]
+) -> None:
+    files.publish_version("inn", 1, attach("lora"))
+    with pytest.raises(AttachedNotFound):
+        files.find_attached("lora", digest)
+
+
+@pytest.mark.parametrize("attached", [(("ia3", "12" * 32),), (("lora", "12" * 32), ("full", "12" * 32))])
+def test_a_mask_that_names_other_weights_is_refused(
+    attached: tuple[tuple[str, str], ...], files: PersonaFiles, make_mask_file: Callable[..., MaskFile]
+) -> None:
+    content = make_mask_file()
+    path = files.publish_version("inn", 1, content) / "mask.safetensors"
+    path.write_bytes(encode(replace(content, subnetwork=replace(content.subnetwork, attached=attached))))
+    with pytest.raises(MaskFormatError, match="lora or full weights attached, one of them"):
+        files.read_mask("inn", 1)
+
+
+def test_a_full_disk_leaves_no_attached_weights(
+    files: PersonaFiles, attach: Callable[..., MaskFile], full_disk: Callable[[], None]
+) -> None:
+    files.publish_version("inn", 1, attach("full"))
+    before = listing(files)
+    full_disk()
+    with pytest.raises(StorageFull) as refused:
+        files.publish_version("inn", 2, attach("full", 2, seed=1))
+    weights = attach("full").subnetwork.weights
+    assert weights is not None
+    assert refused.value.needed_bytes is not None
+    assert refused.value.needed_bytes > weights.num_bytes
+    assert listing(files) == before
+
+
+def test_what_processes_left_behind_is_tidied_away_after_an_hour(
+    files: PersonaFiles, attach: Callable[..., MaskFile]
+) -> None:
+    kept = files.publish_version("inn", 1, attach("lora"))
+    root = kept.parents[1]
+    left = [root / ".removed-ab", kept.parent / ".v2-ab", kept.parent / ".stale-ab"]
+    for directory in left:
+        directory.mkdir()
+        (directory / "attached-x.safetensors").touch()
+    files.tidy()
+    assert all(directory.is_dir() for directory in left)
+    for directory in left:
+        os.utime(directory, (0, 0))
+    files.tidy()
+    assert not any(directory.exists() for directory in left)
+    assert files.read_mask("inn", 1) == attach("lora")

@@ -145,20 +145,21 @@ def test_vectors_are_in_the_subnetwork_and_weights_are_attached(
     recover_finished: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path
 ) -> None:
     vectors, lora, full = (recover_finished(tmp_path / one, one) for one in ("vectors", "lora", "full"))
-    assert finished.attached is None
-    assert vectors.attached is None
+    assert finished.subnetwork.weights is None
+    assert vectors.subnetwork.weights is None
     for one in (vectors, lora):
         assert one.subnetwork.gain is not None
         assert one.subnetwork.bias is not None
         assert one.subnetwork.digest != finished.subnetwork.digest
-    assert full.subnetwork.digest == finished.subnetwork.digest
-    assert lora.attached is not None
-    assert (lora.attached["kind"], lora.attached["rank"], lora.attached["alpha"]) == ("lora", 16, 16.0)
-    assert lora.attached["tensors"]["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"].shape == (96, 16)
-    assert full.attached is not None
-    assert full.attached["tensors"]["model.layers.2.mlp.down_proj.weight"].shape == (32, full.subnetwork.mask.kept)
-    assert vectors.report["free_running"]["num_questions"] > 0
-    assert lora.report["free_running"] is full.report["free_running"] is None  # nothing here can sample from them
+    updates, own = lora.subnetwork.weights, full.subnetwork.weights
+    assert updates is not None
+    assert (updates.kind, updates.rank, updates.alpha) == ("lora", 16, 16.0)
+    assert updates.tensors["base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"].shape == (96, 16)
+    assert own is not None
+    assert own.tensors["model.layers.2.mlp.down_proj.weight"].shape == (32, full.subnetwork.mask.kept)
+    assert full.subnetwork.gain is None
+    for one in (vectors, lora, full):
+        assert one.report["free_running"]["num_questions"] > 0
 
 
 def test_a_job_stopped_while_recovering_resumes_to_the_same_vectors(

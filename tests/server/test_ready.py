@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_they_come_once_and_a_deleted_one_stays_deleted(shipment: Shipment) -> N
     shipment.registry.delete_persona("pip")
     assert shipment.bring_in() == []
     assert [one.id for one in shipment.registry.list_personas()] == ["marta"]
+
+
+def test_a_mask_that_needs_more_than_is_shipped_is_passed_over(shipment: Shipment) -> None:
+    content = mask_file(shipment.base, PIP["name"], PIP["text"], 1)
+    attached = replace(content.subnetwork, attached=(("lora", "12" * 32),))
+    shipment.pack(PIP, encode(replace(content, subnetwork=attached)))
+    shipment.pack(MARTA)
+    assert shipment.bring_in() == ["marta"]
 
 
 def test_a_mask_that_is_not_there_yet_comes_later(shipment: Shipment) -> None:

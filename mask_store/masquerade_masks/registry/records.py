@@ -51,6 +51,8 @@ class Version:
     bytes: int  # of the mask file
     source: Source
     created: str = ""
+    attached: str = ""  # digest of the attached weights, which are of the kind that `recovery` says; empty: none
+    attached_bytes: int = 0  # of their file
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,4 +86,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID
         """,
     ),
+    (
+        """ALTER TABLE versions ADD COLUMN "attached" TEXT NOT NULL DEFAULT ''""",
+        'ALTER TABLE versions ADD COLUMN "attached_bytes" INTEGER NOT NULL DEFAULT 0',
+    ),
 )

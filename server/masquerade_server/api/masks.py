@@ -6,7 +6,7 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 
 from masquerade_masks import SettingError
 from masquerade_server.api.personas import DeskDep
@@ -32,9 +32,26 @@ async def download_mask(request: Request, persona_id: str, desk: DeskDep, versio
     return Response(data, media_type="application/octet-stream", headers=headers)
 
 
+@router.get("/{persona_id}/attached", response_class=Response)
+async def download_attached(
+    request: Request, persona_id: str, desk: DeskDep, version: VersionNumber = None
+) -> Response:
+    """The weights beside a version's mask (safetensors), the serving one's by default; its ETag is their digest."""
+    found = await asyncio.to_thread(desk.version, persona_id, version)
+    headers = {"etag": f'"{found.attached}"'}
+    if found.attached and request.headers.get("if-none-match") == headers["etag"]:
+        return Response(status_code=304, headers=headers)
+    path = await asyncio.to_thread(desk.attached_path, found)
+    name = f"{persona_id}-v{found.number}-{found.recovery}.safetensors"
+    return FileResponse(path, media_type="application/octet-stream", headers=headers, filename=name)
+
+
 @router.put("/{persona_id}/mask")
 async def upload_mask(request: Request, persona_id: str, desk: DeskDep) -> dict[str, Any]:
-    """Publish a mask file made for this base as the next version, and serve it."""
+    """Publish a mask file made for this base as the next version, and serve it.
+
+    Attached weights that it names must be those of a version here.
+    """
     data = await read_limited(request, MAX_MASK_BYTES)
     if not data:
         raise SettingError("mask", "the body is empty: send the bytes of a mask file")

@@ -32,7 +32,7 @@ app = typer.Typer(
 Id = Annotated[str, typer.Argument(help="The persona's id.")]
 Sparsity = Annotated[float | None, typer.Option(help="Share of FFN neurons to drop, above 0 to 0.9 (0.25).")]
 Preset = Annotated[str | None, typer.Option(help="Effort: smoke, default or thorough.")]
-Recovery = Annotated[str | None, typer.Option(help="Trained on top of the mask: none or vectors (gains, biases).")]
+Recovery = Annotated[str | None, typer.Option(help="Trained on top of the mask: none, vectors, lora or full.")]
 Seed = Annotated[int | None, typer.Option(help="Of the sculpt's randomness.")]
 Cast = Annotated[str | None, typer.Option(help="The game or tenant it belongs to.")]
 Wait = Annotated[bool, typer.Option(help="Watch until the mask is published; leaving stops nothing.")]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from masquerade_engine.threads import available_cores
-from masquerade_masks import MaskFile, MaskHeader, SettingError
+from masquerade_masks import MaskFile, MaskHeader, attached_file
 from masquerade_masks.mask_file import write
 from masquerade_masks.registry import SQLiteRegistry, utc_now
 from masquerade_masks.store import PersonaFiles, write_json_atomic
@@ -28,7 +28,7 @@ Name = Annotated[str | None, typer.Option(help="The persona's name; by default m
 Id = Annotated[str | None, typer.Option(help="Its id; by default made from the name.")]
 Sparsity = Annotated[float, typer.Option(help="Share of FFN neurons to drop, above 0 to 0.9.")]
 Preset = Annotated[str, typer.Option(help="Effort: smoke (a try-out), default or thorough.")]
-Recovery = Annotated[str, typer.Option(help="What is trained on top of the mask: none or vectors (gains, biases).")]
+Recovery = Annotated[str, typer.Option(help="What is trained on top of the mask: none, vectors, lora or full.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same mask on the same machine.", min=0)]
 Instructions = Annotated[Path | None, typer.Option(help="Questions of your own, in Alpaca format (.json or .jsonl).")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the mask, its report and its examples.")]
@@ -86,7 +86,7 @@ def sculpt(
         text=persona_text,
         sparsity=sparsity,
         preset=preset,
-        recovery=_served(recovery),
+        recovery=recovery,
         seed=seed,
         instructions=instructions,
     )
@@ -102,12 +102,6 @@ def sculpt(
         _publish(result, spec, base, settings)
     shutil.rmtree(workdir, ignore_errors=True)
     _summarise(result, written)
-
-
-def _served(recovery: str) -> Literal["none", "vectors"]:
-    if recovery not in ("none", "vectors"):
-        raise SettingError("recovery", f"{recovery!r} is not one of none, vectors")
-    return cast('Literal["none", "vectors"]', recovery)
 
 
 def _sculpt(spec: SculptSpec, base: Base, workdir: Path, settings: Settings) -> SculptResult:
@@ -147,10 +141,16 @@ def _write(result: SculptResult, spec: SculptSpec, output: Path) -> list[Path]:
     mask, report, examples = (
         output / f"{spec.persona_id}.{suffix}" for suffix in ("safetensors", "report.json", "examples.jsonl")
     )
+    written = [mask, report, examples]
+    weights = result.subnetwork.weights
+    if weights is not None:
+        attached = output / f"{spec.persona_id}.{attached_file.file_name(weights.digest)}"
+        attached_file.write(attached, weights)
+        written.append(attached)
     write(mask, _mask_file(result, spec))
     write_json_atomic(report, result.report)
     shutil.copyfile(result.examples_path, examples)
-    return [mask, report, examples]
+    return written
 
 
 def _publish(result: SculptResult, spec: SculptSpec, base: Base, settings: Settings) -> None:
