@@ -177,7 +177,10 @@ class PersonaFiles:
 
 
 def read_with_weights(path: Path, *, base: str | None = None, shape: FFNShape | None = None) -> MaskFile:
-    """A mask file with the attached weights that it names, from beside it. Raises what `PersonaFiles.read_mask` does."""
+    """A mask file with the attached weights that it names, from beside it.
+
+    Raises what `PersonaFiles.read_mask` does.
+    """
     content = mask_file.read(path, base=base, shape=shape)
     attached = content.subnetwork.attached
     if not attached:

@@ -118,8 +118,8 @@ def free_running(samples: FreeRunning) -> dict[str, Any]:
         "num_questions": len(samples.sculpted),
         f"dense_nll_of_{writer}": mean_interval(_values(samples.reference_nll)).as_dict(),
         "dense_nll_of_sculpted": mean_interval(_values(samples.sculpted_nll)).as_dict(),
-        "stop_rate": {writer: _stop_rate(samples.reference), "sculpted": _stop_rate(samples.sculpted)},
-        "repetition": {writer: _repetition(samples.reference), "sculpted": _repetition(samples.sculpted)},
+        "stop_rate": {writer: stop_rate(samples.reference), "sculpted": stop_rate(samples.sculpted)},
+        "repetition": {writer: repetition(samples.reference), "sculpted": repetition(samples.sculpted)},
         "samples": [
             {"question": one.question, writer: one.answer_text, "sculpted": other.answer_text}
             for one, other in zip(samples.reference[:5], samples.sculpted[:5], strict=True)
@@ -132,11 +132,12 @@ def strongest_baseline(on_validation: Mapping[str, float]) -> str:
     return min(on_validation, key=lambda name: on_validation[name])
 
 
-def _stop_rate(examples: Sequence[Example]) -> float:
+def stop_rate(examples: Sequence[Example]) -> float:
+    """Share of the answers that ended by themselves."""
     return round(float(np.mean([one.ended for one in examples])), 4)
 
 
-def _repetition(examples: Sequence[Example]) -> float:
+def repetition(examples: Sequence[Example]) -> float:
     """Share of an answer's token 4-grams that repeat an earlier one of it, mean over answers."""
     shares = []
     for one in examples:

@@ -7,9 +7,19 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from masquerade_pruner.instructions import Split
+
+
+class Continuation(Protocol):
+    """Answer tokens behind prompt tokens: all that planting and scoring need to know."""
+
+    @property
+    def prompt(self) -> tuple[int, ...]: ...
+
+    @property
+    def answer(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from masquerade_pruner.examples import Example
+from masquerade_pruner.examples import Continuation
 from masquerade_pruner.losses import token_kl, token_nll
 from masquerade_pruner.mask_learning import Planted, plant_examples
 from masquerade_pruner.tree import Forward, head_weight, masked
@@ -29,7 +29,7 @@ class HeldOut:
     def __init__(
         self,
         model: torch.nn.Module,
-        examples: Sequence[Example],
+        examples: Sequence[Continuation],
         *,
         between: Callable[[], None] = lambda: None,
     ) -> None:

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from masquerade_pruner.examples import Example
+from masquerade_pruner.examples import Continuation, Example
 from masquerade_pruner.losses import chunked_cross_entropy, chunked_kl
 from masquerade_pruner.tree import Tree, TreeContext, head_weight, plant, run_tree
 
@@ -34,7 +34,7 @@ class Planted:
 
 
 def plant_examples(
-    examples: Sequence[Example], model: torch.nn.Module, *, of: int | None = None, question_share: float = 0.0
+    examples: Sequence[Continuation], model: torch.nn.Module, *, of: int | None = None, question_share: float = 0.0
 ) -> Planted:
     """Pack examples of one persona around their shared prompt; they are some `of` a step's, by default all of it.
 
@@ -43,7 +43,9 @@ def plant_examples(
     """
     head = head_weight(model)
     device = head.device
-    tree = plant([(*one.prompt, *one.answer) for one in examples], device, head.dtype)
+    # Each branch keeps its prompt's last token: that row predicts its answer's first.
+    longest_prefix = min(len(one.prompt) for one in examples) - 1
+    tree = plant([(*one.prompt, *one.answer) for one in examples], device, head.dtype, longest_prefix)
     rows, targets, weights, owners = [], [], [], []
     last = tree.last.tolist()
     for index, one in enumerate(examples):

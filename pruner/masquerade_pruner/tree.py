@@ -58,9 +58,18 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return min(len(first), len(last))
 
 
-def plant(sequences: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype) -> Tree:
-    """Pack whole token sequences around their common prefix; every branch keeps at least one token of its own."""
+def plant(
+    sequences: Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    longest_prefix: int | None = None,
+) -> Tree:
+    """Pack whole token sequences around their common prefix, of at most `longest_prefix` tokens.
+
+    Every branch keeps at least one token of its own.
+    """
     num_prefix = min(common_prefix(sequences), min(map(len, sequences)) - 1)
+    num_prefix = num_prefix if longest_prefix is None else min(num_prefix, longest_prefix)
     order = sorted(range(len(sequences)), key=lambda index: len(sequences[index]))
     flat = [*sequences[0][:num_prefix]]
     positions = [*range(num_prefix)]

@@ -17,8 +17,17 @@ from masquerade_masks import SettingError
 
 ENV_PREFIX = "MASQUERADE_"
 CONFIG_ENV = "MASQUERADE_CONFIG"
-# Variables of this prefix that are read elsewhere: the config's own path, and what the Python client reads.
-_OTHER_ENV = frozenset({CONFIG_ENV, "MASQUERADE_URL", "MASQUERADE_BASE_URL"})
+# Variables of this prefix that are read elsewhere: the config's own path, what the Python client reads, and `eval`.
+_OTHER_ENV = frozenset(
+    {
+        CONFIG_ENV,
+        "MASQUERADE_URL",
+        "MASQUERADE_BASE_URL",
+        "MASQUERADE_JUDGE_URL",
+        "MASQUERADE_JUDGE_MODEL",
+        "MASQUERADE_JUDGE_API_KEY",
+    }
+)
 
 
 def default_data_dir() -> Path:

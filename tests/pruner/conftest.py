@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # test folders are no packages
+
 from masquerade_engine.base import Base, load_base
 from masquerade_engine.reference import reference_logits
 from masquerade_engine.seams import persona_ffns

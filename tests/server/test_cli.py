@@ -68,13 +68,24 @@ def process(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize(
     "command",
-    [[], ["serve"], ["sculpt"], ["chat"], ["personas"], ["personas", "create"], ["export"], ["doctor"], ["bench"]],
+    [
+        [],
+        ["serve"],
+        ["sculpt"],
+        ["chat"],
+        ["personas"],
+        ["personas", "create"],
+        ["export"],
+        ["eval"],
+        ["doctor"],
+        ["bench"],
+    ],
 )
 def test_every_command_explains_itself(run: Run, command: list[str]) -> None:
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert "Usage" in result.output
-    if command in (["serve"], ["sculpt"], ["chat"], ["export"]):
+    if command in (["serve"], ["sculpt"], ["chat"], ["export"], ["eval"]):
         assert f"masquerade {command[0]}" in result.output  # an example
 
 

@@ -10,7 +10,7 @@ from masquerade_client import MasqueradeError as ClientError
 from masquerade_engine.threads import yield_at_barriers
 from masquerade_masks import MasqueradeError, SettingError
 from masquerade_server import __version__
-from masquerade_server.cli import bench, chat, doctor, export, personas, prior, sculpt, serve, worker
+from masquerade_server.cli import bench, chat, doctor, eval, export, personas, prior, sculpt, serve, worker
 
 __all__ = ["app", "main"]
 
@@ -35,6 +35,7 @@ app.command("serve")(serve.serve)
 app.command("sculpt")(sculpt.sculpt)
 app.command("chat")(chat.chat)
 app.add_typer(personas.app, name="personas")
+app.command("eval")(eval.evaluate)
 app.command("export")(export.export)
 app.command("prior")(prior.prior)
 app.command("doctor")(doctor.doctor)
