@@ -126,7 +126,7 @@ def _split(instructions: Iterable[Instruction]) -> InstructionSet:
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of them, evenly over a list that is in topic order."""
+    """`count` of them at most, evenly over a list that is in topic order."""
     if count >= len(items):
         return list(items)
     return [items[index * len(items) // count] for index in range(count)]
@@ -148,13 +148,6 @@ def without_near_duplicates(instructions: Sequence[Instruction]) -> list[Instruc
         seen.append(pairs)
         kept.append(one)
     return kept
-
-
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of them at most, evenly over a list that is in topic order."""
-    if count >= len(items):
-        return list(items)
-    return [items[index * len(items) // count] for index in range(count)]
 
 
 def _words(text: str) -> list[str]:
