@@ -96,6 +96,9 @@ def recover(
 ) -> Recovered:
     """Train on top of a mask; the best on validation comes back, the bare mask among the candidates.
 
+    Biases start at the dropped neurons' mean contribution where that by itself is better than the mask (step 0 of the
+    history's `validation`), else at 0: a mask that was learned without biases can be worse with them.
+
     With a `workdir` it goes on from the last checkpoint there and ends the same, bit for bit; `on_step` gets the steps
     done and the last one's loss, and may raise to stop.
     """
@@ -104,9 +107,14 @@ def recover(
         return Recovered("none", bare, {})
     saved = None if workdir is None else workdir.read_tensors(_CHECKPOINT)
     if saved is None:
-        learner = Recoverer(_start(kind, bare, train, settings, seed), settings, loss)
+        start = _start(kind, bare, settings, seed)
         search = _Search(bare, validation(bare.forward))
-        search.consider(0, learner.change(), validation)
+        if "bias" in start.tensors:
+            means = dropped_means(bare, train[: settings.num_means])
+            helped = replace(start, tensors={**start.tensors, "bias": means})
+            if search.consider(0, Recoverer(helped, settings).change(), validation):
+                start = helped
+        learner = Recoverer(start, settings, loss)
     else:
         learner = Recoverer(replace(bare, tensors=_section(saved, "parameter", bare.kept.device)), settings, loss)
         learner.restore(saved)
@@ -193,12 +201,14 @@ class _Search:
         self._unrecovered = self._lowest = unrecovered
         self._figures: list[tuple[int, float]] = []  # step, what validation says
 
-    def consider(self, step: int, change: Change, validation: Callable[[Forward], float]) -> None:
-        """Keep the change where it is better than all before it."""
+    def consider(self, step: int, change: Change, validation: Callable[[Forward], float]) -> bool:
+        """Keep the change where it is better than all before it, and say whether it is."""
         figure = validation(change.forward)
         self._figures.append((step, figure))
-        if figure < self._lowest:
+        better = figure < self._lowest
+        if better:
             self.best, self.best_step, self._lowest = change, step, figure
+        return better
 
     def history(self) -> dict[str, Any]:
         """For the report; null where training diverged."""
@@ -242,13 +252,14 @@ def _section(state: Mapping[str, torch.Tensor], section: str, device: torch.devi
     return {name.removeprefix(prefix): one.to(device) for name, one in state.items() if name.startswith(prefix)}
 
 
-def _start(kind: Recovery, bare: Change, train: Sequence[Example], settings: RecoverySettings, seed: int) -> Change:
-    """Where training begins: the mask's own function, but for biases, which make up for the dropped neurons' means."""
+def _start(kind: Recovery, bare: Change, settings: RecoverySettings, seed: int) -> Change:
+    """The mask's own function, with all that the kind trains."""
     if kind == "full":
         return replace(bare, tensors=kept_weights(bare))
     tensors = {"gain": torch.ones(bare.kept.shape, device=bare.kept.device)}
     if settings.biases:
-        tensors["bias"] = dropped_means(bare, train[: settings.num_means])
+        hidden_size = head_weight(bare.model).shape[1]
+        tensors["bias"] = torch.zeros(len(bare.kept), hidden_size, device=bare.kept.device)
     if kind == "lora":
         tensors |= _low_rank(bare, settings.lora_rank, seed)
     return replace(bare, tensors=tensors)

@@ -228,13 +228,26 @@ def test_biases_start_at_the_dropped_neurons_mean_contribution(
     torch.testing.assert_close(bias[1], wanted, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("helps", [True, False])
+def test_biases_start_at_zero_where_the_means_do_not_help(
+    tiny_model: torch.nn.Module, make_examples: MakeExamples, mask: torch.Tensor, helps: bool
+) -> None:
+    figures = iter([2.0, 1.0 if helps else 3.0, 0.5])  # the mask by itself, with the means, trained
+    still = replace(SETTINGS, steps=1, vectors_learning_rate=1e-9)
+    examples = make_examples(8)
+    recovered = recover(tiny_model, mask, "vectors", examples, lambda forward: next(figures), still)
+    means = dropped_means(Change.of_mask(tiny_model, mask), examples)
+    assert recovered.bias is not None
+    torch.testing.assert_close(recovered.bias.float(), means if helps else torch.zeros_like(means), atol=1e-3, rtol=0)
+
+
 def test_low_rank_updates_start_at_nothing(
     tiny_model: torch.nn.Module,
     make_examples: MakeExamples,
     mask: torch.Tensor,
     divergence: Callable[[Forward], float],
 ) -> None:
-    plain = replace(SETTINGS, steps=3, biases=False)
+    plain = replace(SETTINGS, steps=3, biases=False, vectors_learning_rate=0.0, lora_learning_rate=1e-9)
     recovered = recover(tiny_model, mask, "lora", make_examples(4), divergence, plain)
     assert recovered.history["validation"][0][1] == pytest.approx(recovered.history["unrecovered"], rel=1e-5)
 
