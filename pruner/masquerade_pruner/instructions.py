@@ -150,12 +150,5 @@ def without_near_duplicates(instructions: Sequence[Instruction]) -> list[Instruc
     return kept
 
 
-def spread(items: Sequence[T], count: int) -> list[T]:
-    """`count` of them at most, evenly over a list that is in topic order."""
-    if count >= len(items):
-        return list(items)
-    return [items[index * len(items) // count] for index in range(count)]
-
-
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
