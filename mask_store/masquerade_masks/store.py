@@ -35,6 +35,7 @@ __all__ = [
     "REPORT_NAME",
     "PersonaFiles",
     "check_persona_id",
+    "read_with_weights",
     "write_json_atomic",
 ]
 
@@ -82,7 +83,7 @@ class PersonaFiles:
 
         Raises `VersionNotFound`, what `mask_file.decode` and `attached_file.decode` raise, and `AttachedNotFound`.
         """
-        return _read(self.mask_path(persona_id, version), base=base, shape=shape)
+        return read_with_weights(self.mask_path(persona_id, version), base=base, shape=shape)
 
     def attached_path(self, persona_id: str, version: int, digest: str) -> Path:
         """The file of a version's attached weights. Raises `VersionNotFound`."""
@@ -175,7 +176,8 @@ class PersonaFiles:
         durable.flush_directory(self._root.parent)
 
 
-def _read(path: Path, *, base: str | None = None, shape: FFNShape | None = None) -> MaskFile:
+def read_with_weights(path: Path, *, base: str | None = None, shape: FFNShape | None = None) -> MaskFile:
+    """A mask file with the attached weights that it names, from beside it. Raises what `PersonaFiles.read_mask` does."""
     content = mask_file.read(path, base=base, shape=shape)
     attached = content.subnetwork.attached
     if not attached:
@@ -193,7 +195,7 @@ def _read(path: Path, *, base: str | None = None, shape: FFNShape | None = None)
 
 def _holds(directory: Path, digest: str) -> bool:
     try:
-        return _read(directory / MASK_NAME).subnetwork.digest == digest
+        return read_with_weights(directory / MASK_NAME).subnetwork.digest == digest
     except (OSError, MaskError):
         return False
 

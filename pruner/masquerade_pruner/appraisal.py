@@ -317,9 +317,9 @@ class _Appraiser:
             self.spoken += [_spoken(part, "dense", one), _spoken(part, "sculpted", other)]
         return evaluation.free_running(
             FreeRunning(
-                dense=[one for one, _, _ in pairs],
+                reference=[one for one, _, _ in pairs],
                 sculpted=ours,
-                dense_nll=torch.stack([own for _, _, own in pairs]),
+                reference_nll=torch.stack([own for _, _, own in pairs]),
                 sculpted_nll=HeldOut(self.pair.model, ours).dense_nll(),
             )
         )

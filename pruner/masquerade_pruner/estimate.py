@@ -18,6 +18,7 @@ from masquerade_pruner.plan import Execution, Job, Plan, make_plan
 from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
 
 _LONG_QUESTION = 0.9  # the quantile of the questions' lengths that memory is reckoned with
+_SECONDS_PER_REMOTE_ANSWER = 0.25  # an assumption, not measured: two seconds each, eight at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ def estimate(
     job = describe(spec, base, settings, instructions)
     plan = plan_for(job, base, execution or Execution(), behind_others=behind_others)
     seconds = stage_seconds(job, settings, plan, speed_of(base))
+    if spec.teacher == "remote":
+        seconds["answer"] = job.work.num_answers * _SECONDS_PER_REMOTE_ANSWER
     return {
         "seconds": {stage: round(value, 1) for stage, value in seconds.items() if value},
         "total_seconds": round(sum(seconds.values()), 1),

@@ -1,7 +1,8 @@
 """Evaluate: how faithful a mask is to the dense persona model on questions that nothing was chosen by.
 
 KL to the dense model on its own answers, gap closed against the strongest baseline of the same size (chosen on
-validation), top-1 agreement, and free-running figures, because KL alone is circular.
+validation), top-1 agreement, and free-running figures, because KL alone is circular. Where a remote teacher wrote the
+answers the dense model is not the target: the NLL of the teacher's held-out answers takes KL's place.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from masquerade_pruner.bootstrap import Values, gap_closed, mean_interval
@@ -20,17 +22,19 @@ from masquerade_pruner.held_out import Divergence, HeldOut
 from masquerade_pruner.tree import Forward
 
 REPORT_FORMAT = "masquerade.report/1"
+Chosen = npt.NDArray[np.bool_]  # [questions]
 SENSITIVE_SHARE = 0.4  # of the test questions, by sensitivity, are reported as sensitive: the selection's own share
 
 
 @dataclass(frozen=True, slots=True)
 class FreeRunning:
-    """Sampled answers to the same questions, by the dense persona model and by its sub-network."""
+    """Answers to the same questions, by whoever the sub-network learned from and by the sub-network itself."""
 
-    dense: Sequence[Example]
+    reference: Sequence[Example]
     sculpted: Sequence[Example]
-    dense_nll: torch.Tensor  # [examples]: the dense model's NLL of its own samples, nats a token
+    reference_nll: torch.Tensor  # [examples]: the dense model's NLL of the reference's answers, nats a token
     sculpted_nll: torch.Tensor  # [examples]: the dense model's NLL of the sub-network's samples
+    writer: Literal["dense", "teacher"] = "dense"  # of the reference: the dense persona model, or a remote teacher
 
 
 def fidelity(
@@ -43,10 +47,7 @@ def fidelity(
     """The comparison on one kind of context: all questions, the sensitive and the insensitive ones."""
     ours = held_out.divergence(changed)
     rivals = {name: held_out.divergence(rival) for name, rival in baselines.items()}
-    threshold = np.quantile([one.sensitivity or 0.0 for one in examples], 1 - SENSITIVE_SHARE)
-    sensitive = np.array([(one.sensitivity or 0.0) >= threshold for one in examples])
-    groups = {"all": np.ones(len(examples), dtype=bool), "sensitive": sensitive, "insensitive": ~sensitive}
-    return {name: _compare(ours, rivals, strongest, chosen) for name, chosen in groups.items() if chosen.any()} | {
+    return {name: _compare(ours, rivals, strongest, chosen) for name, chosen in _groups(examples).items()} | {
         "per_question": {
             "kl": _rounded(ours.kl),
             "baselines": {name: _rounded(one.kl) for name, one in rivals.items()},
@@ -54,11 +55,51 @@ def fidelity(
     }
 
 
+def likelihood(
+    held_out: HeldOut,
+    examples: Sequence[Example],
+    changed: Forward,
+    baselines: Mapping[str, Forward],
+    strongest: str,
+) -> dict[str, Any]:
+    """`fidelity` for a remote teacher's answers: mean NLL a token in place of KL, in nats.
+
+    Gap closed is 1 - NLL(ours) / NLL(strongest). NLL does not reach 0 but the teacher's own entropy, so the figure is
+    smaller than one in KL for the same work; the dense model's NLL is given beside it, and may be beaten.
+    """
+    ours, dense = held_out.nll(changed), held_out.dense_nll()
+    rivals = {name: held_out.nll(rival) for name, rival in baselines.items()}
+    return {
+        name: {
+            "num_questions": int(chosen.sum()),
+            "nll": mean_interval(_values(ours)[chosen]).as_dict(),
+            "dense_nll": mean_interval(_values(dense)[chosen]).as_dict(),
+            "baseline_nll": {name: mean_interval(_values(rival)[chosen]).as_dict() for name, rival in rivals.items()},
+            "gap_closed": gap_closed([_values(ours)[chosen]], [_values(rivals[strongest])[chosen]]).as_dict(),
+        }
+        for name, chosen in _groups(examples).items()
+    } | {
+        "per_question": {
+            "nll": _rounded(ours),
+            "dense_nll": _rounded(dense),
+            "baselines": {name: _rounded(one) for name, one in rivals.items()},
+        }
+    }
+
+
+def _groups(examples: Sequence[Example]) -> dict[str, Chosen]:
+    """All questions, the sensitive ones and the others; groups without a question are left out."""
+    threshold = np.quantile([one.sensitivity or 0.0 for one in examples], 1 - SENSITIVE_SHARE)
+    sensitive = np.array([(one.sensitivity or 0.0) >= threshold for one in examples])
+    groups = {"all": np.ones(len(examples), dtype=bool), "sensitive": sensitive, "insensitive": ~sensitive}
+    return {name: chosen for name, chosen in groups.items() if chosen.any()}
+
+
 def _compare(
     ours: Divergence,
     rivals: Mapping[str, Divergence],
     strongest: str,
-    chosen: np.ndarray[Any, np.dtype[np.bool_]],
+    chosen: Chosen,
 ) -> dict[str, Any]:
     kl = _values(ours.kl)[chosen]
     return {
@@ -71,23 +112,24 @@ def _compare(
 
 
 def free_running(samples: FreeRunning) -> dict[str, Any]:
-    """What the sub-network says when it runs by itself, beside what the dense model says."""
+    """What the sub-network says when it runs by itself, beside what it learned from."""
+    writer = samples.writer
     return {
         "num_questions": len(samples.sculpted),
-        "dense_nll_of_dense": mean_interval(_values(samples.dense_nll)).as_dict(),
+        f"dense_nll_of_{writer}": mean_interval(_values(samples.reference_nll)).as_dict(),
         "dense_nll_of_sculpted": mean_interval(_values(samples.sculpted_nll)).as_dict(),
-        "stop_rate": {"dense": stop_rate(samples.dense), "sculpted": stop_rate(samples.sculpted)},
-        "repetition": {"dense": repetition(samples.dense), "sculpted": repetition(samples.sculpted)},
+        "stop_rate": {writer: stop_rate(samples.reference), "sculpted": stop_rate(samples.sculpted)},
+        "repetition": {writer: repetition(samples.reference), "sculpted": repetition(samples.sculpted)},
         "samples": [
-            {"question": one.question, "dense": one.answer_text, "sculpted": other.answer_text}
-            for one, other in zip(samples.dense[:5], samples.sculpted[:5], strict=True)
+            {"question": one.question, writer: one.answer_text, "sculpted": other.answer_text}
+            for one, other in zip(samples.reference[:5], samples.sculpted[:5], strict=True)
         ],
     }
 
 
-def strongest_baseline(validation_kl: Mapping[str, float]) -> str:
-    """The baseline with the lowest KL on validation."""
-    return min(validation_kl, key=lambda name: validation_kl[name])
+def strongest_baseline(on_validation: Mapping[str, float]) -> str:
+    """The baseline with the lowest KL (or NLL) on validation."""
+    return min(on_validation, key=lambda name: on_validation[name])
 
 
 def stop_rate(examples: Sequence[Example]) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,11 +50,18 @@ class HeldOut:
             top1s.append(mean_by_owner(agree.float(), planted))
         return Divergence(self._in_order(kls), self._in_order(top1s))
 
+    def nll(self, changed: Forward) -> torch.Tensor:
+        """A change's mean -log p a token of each answer, whoever wrote it, `[examples]`, nats."""
+        return self._nll(self._states(planted, changed) for planted in self._batches)
+
     def dense_nll(self) -> torch.Tensor:
-        """The dense base's mean -log p a token of each answer, `[examples]`, nats."""
+        """The dense base's own, `[examples]`, nats."""
+        return self._nll(self._dense)
+
+    def _nll(self, states: Iterable[torch.Tensor]) -> torch.Tensor:
         rows = [
-            mean_by_owner(token_nll(dense, self._head, planted.targets), planted)
-            for planted, dense in zip(self._batches, self._dense, strict=True)
+            mean_by_owner(token_nll(rows, self._head, planted.targets), planted)
+            for planted, rows in zip(self._batches, states, strict=True)
         ]
         return self._in_order(rows)
 

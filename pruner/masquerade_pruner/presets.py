@@ -17,7 +17,7 @@ Start = Literal["prior", "importance"]
 MAX_SPARSITY = 0.9
 MAX_TEXT_BYTES = 16_384
 RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
-TEACHERS = ("base",)
+TEACHERS = ("base", "remote")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class SculptSpec:
     preset: str = "default"
     seed: int = 0
     recovery: Recovery = "none"
-    teacher: str = "base"
+    teacher: str = "base"  # or "remote": whichever the operator has set up
     instructions: Path | None = None
 
     def __post_init__(self) -> None:
@@ -105,8 +105,12 @@ class SculptSpec:
 
     @property
     def settings(self) -> SculptSettings:
-        """The preset's numbers."""
-        return PRESETS[self.preset]
+        """The preset's numbers, with the loss that the teacher allows.
+
+        KL needs the teacher's whole distribution, which the base has at hand; of a remote one there is only the text.
+        """
+        settings = PRESETS[self.preset]
+        return replace(settings, loss="cross_entropy") if self.teacher == "remote" else settings
 
     def metadata(self, instructions_digest: str, settings: SculptSettings) -> dict[str, Any]:
         """The settings that a mask file records."""

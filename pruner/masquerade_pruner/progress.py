@@ -23,6 +23,7 @@ class Progress:
     eta_s: float | None  # for the whole job
     loss: float | None  # nats a token, while learning
     message: str
+    dropped: int = 0  # of the teacher's answers
 
 
 class Reporter:
@@ -54,11 +55,11 @@ class Reporter:
         finally:
             self._add_seconds(name, time.monotonic() - began)
 
-    def at(self, completed: int, total: int, *, loss: float | None = None, message: str = "") -> None:
+    def at(self, completed: int, total: int, *, loss: float | None = None, message: str = "", dropped: int = 0) -> None:
         """Report, and raise `SculptCancelled` where the job was cancelled."""
         self.check()
         eta = self._eta(completed / max(1, total))
-        self._on_progress(Progress(self._stage, completed, total, eta, loss, message))
+        self._on_progress(Progress(self._stage, completed, total, eta, loss, message, dropped))
 
     def check(self) -> None:
         """Raise `SculptCancelled` where the job was cancelled."""

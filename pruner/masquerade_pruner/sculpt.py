@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from masquerade_engine.kv_cache import KVGeometry, slots_are_lazy
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
 from masquerade_engine.requests import PersonaFunction
 from masquerade_engine.settings import EngineSettings
-from masquerade_masks import Attached, InsufficientMemory, Mask, SubNetwork, round_kept
+from masquerade_masks import Attached, InsufficientMemory, Mask, SettingError, SubNetwork, TeacherError, round_kept
 from masquerade_pruner import evaluation, synthesis
 from masquerade_pruner.changes import Change
 from masquerade_pruner.epochs import Epochs
@@ -34,8 +34,9 @@ from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
 from masquerade_pruner.prior import prior_of
 from masquerade_pruner.progress import STAGES, Progress, Reporter
 from masquerade_pruner.recovery import Recovered, Recovery, recover
+from masquerade_pruner.rewriting import ChatModel, RewritingTeacher
 from masquerade_pruner.sensitivity import persona_units, reference_pass, select
-from masquerade_pruner.teacher import SelfTeacher
+from masquerade_pruner.teacher import SelfTeacher, Teacher
 from masquerade_pruner.tree import Forward, masked
 from masquerade_pruner.workdir import Workdir
 
@@ -78,7 +79,7 @@ class _Answered:
 class _Learned:
     mask: torch.Tensor  # [layers, intermediate]
     baselines: dict[str, torch.Tensor]  # of the same size, from the same examples
-    validation_kl: dict[str, float]  # of each baseline
+    on_validation: dict[str, float]  # KL, or NLL of a remote teacher's answers, of each baseline
     history: dict[str, Any]
 
 
@@ -89,6 +90,7 @@ def sculpt(
     *,
     cache_dir: Path,
     answers_dir: Path | None = None,
+    teacher: ChatModel | None = None,
     cast: Sequence[Mask] = (),
     execution: Execution | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
@@ -97,14 +99,16 @@ def sculpt(
     """Learn the sub-network of `base` that the persona needs.
 
     `workdir` holds the stages' checkpoints: the same spec in the same directory goes on where it was. `cache_dir` holds
-    what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`. Towards the
-    neurons that the masks of its `cast` keep, this one is pulled. `execution` says how it may run; by default the
-    fastest way that fits the device's memory is taken.
-    Raises `InsufficientMemory` before anything is loaded, `SculptCancelled`, and `SettingError` for an unusable
-    instruction set.
+    what is computed once per base. Masks of one persona at several sparsities may share an `answers_dir`. A spec with
+    `teacher="remote"` is answered by `teacher`, the operator's. Towards the neurons that the masks of its `cast` keep,
+    this one is pulled. `execution` says how it may run; by default the fastest way that fits the device's memory is
+    taken.
+    Raises `InsufficientMemory` before anything is loaded, `SculptCancelled`, `TeacherError` where the teacher fails or
+    more than half of its answers are unusable, and `SettingError` for an unusable instruction set or a remote teacher
+    that there is not.
     """
     directories = (answers_dir or workdir / "answers", workdir / "mask", workdir / "recovery")
-    run = _Sculptor(spec, base, directories, cache_dir, execution or Execution(), progress, cancelled)
+    run = _Sculptor(spec, base, directories, cache_dir, execution or Execution(), teacher, progress, cancelled)
     with run.workshop():
         selected = run.select()
         answered = run.answer(selected)
@@ -124,11 +128,15 @@ class _Sculptor:
         directories: tuple[Path, Path, Path],  # answers, mask, recovery
         cache_dir: Path,
         execution: Execution,
+        teacher: ChatModel | None,
         progress: Callable[[Progress], None],
         cancelled: Callable[[], bool],
     ) -> None:
         self.spec = spec
         self.base = base
+        self.remote = _remote(spec, teacher)
+        # What validation chooses by. A remote teacher gives no distribution to measure a divergence from.
+        self.measure: Literal["kl", "nll"] = "kl" if self.remote is None else "nll"
         self.cache_dir = cache_dir
         self.instructions: InstructionSet = load_instructions(spec.instructions)
         self.settings: SculptSettings = shortened(spec.settings, len(self.instructions.train))
@@ -136,6 +144,9 @@ class _Sculptor:
         self.system_prompt = persona_system_prompt(spec.name, spec.text)
         self.metadata = spec.metadata(self.instructions.digest, self.settings)
         identity = {"base": base.fingerprint, "dtype": str(base.dtype), "system_prompt": self.system_prompt}
+        if self.remote is not None:
+            self.metadata["teacher_model"] = self.remote.name
+            identity["teacher_sha256"] = self.remote.digest
         # A mask does not depend on the recovery after it, nor answers on the sparsity: both serve other masks as well.
         of_mask = {key: value for key, value in self.metadata.items() if key != "recovery"}
         of_answers = {key: value for key, value in of_mask.items() if key != "sparsity"}
@@ -145,6 +156,7 @@ class _Sculptor:
         self.plan = self._planned(execution)
         shares = {stage: share for stage, share in STAGES.items() if stage != "recover" or spec.recovery != "none"}
         self.reporter = Reporter(progress, cancelled, self._add_seconds, shares)
+        self.tally = synthesis.Tally(self.answers.read_json("dropped"))
         self._engine: Engine | None = None
 
     def _planned(self, execution: Execution) -> Plan:
@@ -211,6 +223,13 @@ class _Sculptor:
         num_bytes = self.plan.streams * length * KVGeometry.of(self.base.config, self.base.dtype).bytes_per_token
         return replace(settings, max_model_len=length, kv_cache_bytes=num_bytes)
 
+    def answering_teacher(self) -> Teacher:
+        """Who writes the answers that are learned from."""
+        if self.remote is None:
+            return self.teacher()
+        spec = self.spec
+        return RewritingTeacher(self.remote, self.base, name=spec.name, text=spec.text, between=self.reporter.check)
+
     # 1. select
 
     def select(self) -> _Selected:
@@ -274,8 +293,10 @@ class _Sculptor:
                 held_out[name] = self._answered(name, planned, (), done, total)
                 done += len(planned)
         examples = [*plain, *turned]
+        answered = _Answered(examples, **held_out)
+        self._check_answers(answered)
         self.answers.write_examples("examples", examples)
-        return _Answered(examples, **held_out)
+        return answered
 
     def _samples(self, selected: _Selected) -> int:
         """Answers a question: no more than the steps can look at once."""
@@ -292,26 +313,62 @@ class _Sculptor:
     ) -> list[Example]:
         """Answers saved before, and the rest now; saved every so often, in the order of the plan at the end."""
         examples = {one.id: one for one in self.answers.read_examples(name)}
-        missing = [one for one in planned if one.id not in examples]
+        for one in examples.values():
+            self.tally.keep(one)
+        missing = [one for one in planned if one.id not in examples and one.id not in self.tally.dropped]
+        asked = len(planned) - len(missing)
+
+        def judged() -> None:
+            nonlocal asked
+            asked += 1
+            if asked % SAVE_ANSWERS_EVERY == 0:
+                self._save_answers(name, examples)
+            self.reporter.at(
+                done + asked, total, message="answering in the persona's voice", dropped=len(self.tally.dropped)
+            )
 
         def keep(example: Example) -> None:
             examples[example.id] = example
-            if len(examples) % SAVE_ANSWERS_EVERY == 0:
-                self.answers.write_examples(name, list(examples.values()))
-            self.reporter.at(done + len(examples), total, message="answering in the persona's voice")
+            self.tally.keep(example)
+            judged()
+
+        def drop(planned_id: str, reason: str) -> None:
+            self.tally.drop(planned_id, reason)
+            if self.tally.hopeless:
+                self._give_up(self.tally.complaint())
+            judged()
 
         if missing:
             synthesis.answer(
                 missing,
                 base=self.base,
                 system_prompt=self.system_prompt,
-                teacher=self.teacher(),
+                teacher=self.answering_teacher(),
                 max_tokens=self.settings.answer_tokens,
                 earlier=earlier,
                 on_example=keep,
+                on_dropped=drop,
             )
-            self.answers.write_examples(name, list(examples.values()))
+            self._save_answers(name, examples)
         return [examples[one.id] for one in planned if one.id in examples]
+
+    def _save_answers(self, name: str, examples: Mapping[str, Example]) -> None:
+        self.answers.write_examples(name, list(examples.values()))
+        if self.tally.dropped:
+            self.answers.write_json("dropped", self.tally.dropped)
+
+    def _check_answers(self, answered: _Answered) -> None:
+        """Raise `TeacherError` where nothing can be learned from what was answered."""
+        if self.tally.mostly_dropped:
+            self._give_up(self.tally.complaint())
+        for split in ("train", "validation", "test"):
+            if not getattr(answered, split):
+                self._give_up(f"none of the teacher's answers to the {split} questions can be used")
+
+    def _give_up(self, complaint: str) -> NoReturn:
+        """Fail for the teacher's answers; a later attempt asks anew for those that were dropped."""
+        self.answers.write_json("dropped", {})
+        raise TeacherError(complaint)
 
     # 3. learn
 
@@ -331,7 +388,7 @@ class _Sculptor:
                 self.learning.write_tensors("learned", saved)
                 self.learning.write_json("history", history)
         baselines = {name: top_k_mask(saved[name], self.kept) for name in ("wanda", "fisher")}
-        return _Learned(saved["best"], baselines, history["baseline_kl"], history)
+        return _Learned(saved["best"], baselines, history[f"baseline_{self.measure}"], history)
 
     def _importances(self, answered: _Answered) -> dict[str, torch.Tensor]:
         saved = self.learning.read_tensors("importance")
@@ -372,22 +429,22 @@ class _Sculptor:
             micro_batch=self.plan.micro_batch,
             checkpointing=self.plan.checkpointing,
         )
+        validation = f"validation_{self.measure}"
         history = self.learning.read_json("learning")
         state = self.learning.read_tensors("learning")
         if history is not None and state is not None and int(state["step"]) == history["step"]:
             best = state.pop("best")
             learner.restore(state)
         else:
-            baseline_kl = {
-                name: _mean(held_out.divergence(masked(self.model, top_k_mask(importance, self.kept))).kl)
+            baselines = {
+                name: self._on_validation(held_out, masked(self.model, top_k_mask(importance, self.kept)))
                 for name, importance in importances.items()
             }
             best = learner.mask()
-            start = _mean(held_out.divergence(masked(self.model, best)).kl)
             history = {
                 "step": 0,
-                "baseline_kl": baseline_kl,
-                "validation_kl": [[0, start]],
+                f"baseline_{self.measure}": baselines,
+                validation: [[0, self._on_validation(held_out, masked(self.model, best))]],
                 "loss": [],
                 "best_step": 0,
             }
@@ -398,10 +455,10 @@ class _Sculptor:
             history["loss"].append(round(loss, 5))
             if number % settings.validate_every == 0 or number == settings.steps:
                 mask = learner.mask()
-                kl = _mean(held_out.divergence(masked(self.model, mask)).kl)
-                if kl < min(value for _, value in history["validation_kl"]):
+                figure = self._on_validation(held_out, masked(self.model, mask))
+                if figure < min(value for _, value in history[validation]):
                     best, history["best_step"] = mask, number
-                history["validation_kl"].append([number, kl])
+                history[validation].append([number, figure])
             if number % SAVE_STEPS_EVERY == 0:
                 history["step"] = number
                 self.learning.write_tensors("learning", {**learner.state(), "best": best})
@@ -410,6 +467,10 @@ class _Sculptor:
         history["step"] = learner.step_number
         give_memory_back(self.base.device)
         return best, history
+
+    def _on_validation(self, held_out: HeldOut, changed: Forward) -> float:
+        """What is chosen by, mean over validation: KL to the base, or NLL of a remote teacher's answers."""
+        return _mean(held_out.divergence(changed).kl if self.measure == "kl" else held_out.nll(changed))
 
     def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
         prior = prior_of(self.base, self.cache_dir) if self.settings.start == "prior" else None
@@ -436,15 +497,12 @@ class _Sculptor:
         with self.reporter.stage("recover"):
             held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
 
-            def divergence(changed: Forward) -> float:
-                return _mean(held_out.divergence(changed).kl)
-
             return recover(
                 self.model,
                 learned.mask,
                 self.spec.recovery,
                 answered.train,
-                divergence,
+                lambda changed: self._on_validation(held_out, changed),
                 settings,
                 loss=self.settings.loss,
                 seed=self.spec.seed,
@@ -466,7 +524,7 @@ class _Sculptor:
         return {**report, "seconds": self.seconds()}
 
     def _report(self, answered: _Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
-        strongest = evaluation.strongest_baseline(learned.validation_kl)
+        strongest = evaluation.strongest_baseline(learned.on_validation)
         contexts, dense_nll = self._fidelity(answered, learned, recovered, strongest)
         self.reporter.at(3, 5, message="free-running answers")
         free = self._free_running(answered, recovered, dense_nll)
@@ -477,6 +535,9 @@ class _Sculptor:
             "sparsity": self.spec.sparsity,
             "kept": self.kept,
             "intermediate_size": self.base.shape.intermediate_size,
+            **{name: self.metadata[name] for name in ("teacher", "teacher_model") if name in self.metadata},
+            "synthesis": self.tally.as_dict(),
+            "measure": self.measure,
             "baselines": list(learned.baselines),
             "strongest_baseline": strongest,
             **contexts,
@@ -493,15 +554,16 @@ class _Sculptor:
         Nothing that is returned holds the model, which may have to go before the engine comes.
         """
         check = self.reporter.check
+        compared = evaluation.fidelity if self.measure == "kl" else evaluation.likelihood
         ours = recovered.change.forward
         rivals = {name: masked(self.model, rival) for name, rival in learned.baselines.items()}
         one_turn = HeldOut(self.model, answered.test, between=check)
         self.reporter.at(1, 5, message="fidelity on test questions")
-        contexts = {"one_turn": evaluation.fidelity(one_turn, answered.test, ours, rivals, strongest)}
+        contexts = {"one_turn": compared(one_turn, answered.test, ours, rivals, strongest)}
         self.reporter.at(2, 5, message="fidelity under scene lines")
         if answered.test_scenes:
             scenes = HeldOut(self.model, answered.test_scenes, between=check)
-            contexts["with_scene"] = evaluation.fidelity(scenes, answered.test_scenes, ours, rivals, strongest)
+            contexts["with_scene"] = compared(scenes, answered.test_scenes, ours, rivals, strongest)
         return contexts, one_turn.dense_nll()
 
     def _free_running(
@@ -529,10 +591,11 @@ class _Sculptor:
         ]
         sculpted = [other for _, other, _ in pairs]
         return evaluation.FreeRunning(
-            dense=[one for one, _, _ in pairs],
+            reference=[one for one, _, _ in pairs],
             sculpted=sculpted,
-            dense_nll=torch.stack([nll for _, _, nll in pairs]),
+            reference_nll=torch.stack([nll for _, _, nll in pairs]),
             sculpted_nll=HeldOut(self.model, sculpted, between=self.reporter.check).dense_nll(),
+            writer="dense" if self.remote is None else "teacher",
         )
 
     def subnetwork(self, recovered: Recovered) -> SubNetwork:
@@ -566,6 +629,17 @@ def _arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray[Any, An
     """As arrays; bfloat16, which numpy has not, as its bits."""
     bits = {name: one.view(torch.uint16) if one.dtype == torch.bfloat16 else one for name, one in tensors.items()}
     return {name: one.cpu().numpy() for name, one in bits.items()}
+
+
+def _remote(spec: SculptSpec, teacher: ChatModel | None) -> ChatModel | None:
+    """The remote teacher where the spec asks for it."""
+    if spec.teacher != "remote":
+        return None
+    if teacher is None:
+        raise SettingError(
+            "teacher", "'remote' is not configured here: set teacher_url and teacher_model, or use 'base'"
+        )
+    return teacher
 
 
 def _instruction(example: Example) -> Instruction:

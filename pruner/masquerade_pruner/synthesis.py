@@ -6,8 +6,11 @@ Plain questions and those with a scene line are asked first; their answers then 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 from masquerade_engine.base import Base
 from masquerade_engine.prompt import ChatMessage, render_chat
@@ -17,6 +20,10 @@ from masquerade_pruner.instructions import Instruction
 from masquerade_pruner.teacher import Answer, Ask, Teacher
 
 Scored = tuple[Instruction, float]  # a question and its sensitivity
+
+# Dropped answers beyond the usable ones that are taken for a teacher that will not do: of one that drops 40 % of its
+# answers, 1 in 1,000 would be judged so wrongly; one that drops all is found out after 17.
+_HOPELESS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +75,75 @@ def answer(
     max_tokens: int,
     earlier: Sequence[Example] = (),
     on_example: Callable[[Example], None] = lambda example: None,
+    on_dropped: Callable[[str, str], None] = lambda planned_id, reason: None,
 ) -> list[Example]:
     """Have the teacher answer what is planned; `earlier` examples of the same persona are the turns before.
 
-    An answer without a token is dropped: there is nothing to learn from it.
+    An answer that is unusable, or that has no token, is dropped: there is nothing to learn from it.
     """
     by_id = {one.id: one for one in planned}
     prompts = {one.id: _prompt(base, system_prompt, one, earlier) for one in planned}
-    asks = [Ask(one.id, prompts[one.id], one.instruction.text, one.instruction.output, one.seed) for one in planned]
+    asks = [
+        Ask(one.id, prompts[one.id], one.instruction.text, one.instruction.output, one.seed, one.scene)
+        for one in planned
+    ]
     examples = []
-    for given in teacher.answer(asks, max_tokens=max_tokens):
-        if given.tokens:
+    with closing(teacher.answer(asks, max_tokens=max_tokens)) as answers:
+        for given in answers:
+            if given.unusable or not given.tokens:
+                on_dropped(given.ask_id, given.unusable or "empty")
+                continue
             example = _example(by_id[given.ask_id], prompts[given.ask_id], given)
             examples.append(example)
             on_example(example)
     return examples
+
+
+class Tally:
+    """What became of the questions that a teacher was asked."""
+
+    def __init__(self, dropped: Mapping[str, str] | None = None) -> None:
+        self.dropped = dict(dropped or {})  # the reason, by the planned question's id
+        self._answered = 0
+        self._cut = 0
+
+    def keep(self, example: Example) -> None:
+        """Count a usable answer."""
+        self._answered += 1
+        self._cut += not example.ended
+
+    def drop(self, planned_id: str, reason: str) -> None:
+        """Count one that nothing is learned from."""
+        self.dropped[planned_id] = reason
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether so much more was dropped than kept that asking on is in vain."""
+        return len(self.dropped) - self._answered > _HOPELESS
+
+    @property
+    def mostly_dropped(self) -> bool:
+        """Whether more than half was dropped."""
+        return len(self.dropped) > self._answered
+
+    def complaint(self) -> str:
+        """Why the job fails for it, in a sentence."""
+        reasons = ", ".join(f"{count} {reason}" for reason, count in self._reasons().items())
+        return (
+            f"more than half of the teacher's answers cannot be used: of {self._asked}, {len(self.dropped)} were "
+            f"dropped ({reasons}); another teacher, or another persona text, may do better"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For reports: `cut` answers are among the answered; their end is not learned."""
+        return {"asked": self._asked, "answered": self._answered, "cut": self._cut, "dropped": self._reasons()}
+
+    @property
+    def _asked(self) -> int:
+        return self._answered + len(self.dropped)
+
+    def _reasons(self) -> dict[str, int]:
+        return dict(Counter(self.dropped.values()).most_common())
 
 
 def needs_turns(planned: Sequence[Planned]) -> tuple[list[Planned], list[Planned]]:

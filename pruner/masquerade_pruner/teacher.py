@@ -1,12 +1,12 @@
 """Answer: who writes the answers that a mask is learned from.
 
 The base as its own teacher answers under the persona prompt, p(a | P, q), through the engine's batched generation with
-its shared prompt prefixes. The protocol leaves room for a remote teacher that rewrites the neutral answer (the paper).
+its shared prompt prefixes. A remote teacher rewrites the neutral answer (the paper): see `rewriting`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,6 +25,7 @@ class Ask:
     question: str
     neutral_answer: str
     seed: int
+    scene: str | None = None  # a client's scene line, which `prompt` holds as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Answer:
     tokens: tuple[int, ...]  # the end token is the last where the teacher ended
     text: str
     ended: bool
+    unusable: str | None = None  # why it is dropped, in one word
 
 
 class Teacher(Protocol):
@@ -45,8 +47,8 @@ class Teacher(Protocol):
         """What the mask's settings call this teacher."""
         ...
 
-    def answer(self, asks: Sequence[Ask], *, max_tokens: int) -> Iterator[Answer]:
-        """Yield answers as they are finished, in any order; an ask may be dropped."""
+    def answer(self, asks: Sequence[Ask], *, max_tokens: int) -> Generator[Answer, None, None]:
+        """Yield answers as they are finished, in any order. Leaving early cancels what is running."""
         ...
 
 
@@ -60,7 +62,7 @@ class SelfTeacher:
         self._function = function
         self._temperature = temperature  # 1: samples of p(a | P, q) itself
 
-    def answer(self, asks: Sequence[Ask], *, max_tokens: int) -> Iterator[Answer]:
+    def answer(self, asks: Sequence[Ask], *, max_tokens: int) -> Generator[Answer, None, None]:
         """Yield one sampled answer an ask. Leaving the iterator early cancels what is running."""
         waiting = {ask.id: ask for ask in asks}
         tokens: dict[str, list[int]] = {ask.id: [] for ask in asks}
@@ -84,10 +86,3 @@ class SelfTeacher:
     def _request(self, ask: Ask, max_tokens: int) -> Request:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=self._temperature, seed=ask.seed)
         return Request(id=ask.id, prompt=ask.prompt, function=self._function, sampling=sampling)
-
-
-def count_answers(answers: Iterator[Answer], on_done: Callable[[int], None]) -> Iterator[Answer]:
-    """Pass answers through, telling how many there have been."""
-    for number, answer in enumerate(answers, start=1):
-        yield answer
-        on_done(number)

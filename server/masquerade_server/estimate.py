@@ -69,7 +69,7 @@ class Estimator:
 
     async def _kind(self, body: PersonaBody, behind_others: bool) -> Json:
         length = len(body.text.encode()) // _TEXT_STEP
-        key = (body.sparsity, body.preset, body.recovery, length, behind_others)
+        key = (body.sparsity, body.preset, body.recovery, body.teacher, length, behind_others)
         asked_at, found = self._known.get(key, (-math.inf, _UNKNOWN))
         if time.monotonic() - asked_at < _FRESH_S:
             return found

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from masquerade_server.settings import TeacherSettings
+
 if TYPE_CHECKING:
     from masquerade_masks.registry import Registry
     from masquerade_server.settings import Settings
@@ -39,6 +41,7 @@ class WorkerConfig:
     log_level: str
     checkpointing: str = "auto"
     micro_batch: int = 0  # 0: as many branches as fit
+    teacher: TeacherSettings | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -53,6 +56,7 @@ class WorkerConfig:
             log_level=settings.log_level,
             checkpointing=settings.sculpt_checkpointing,
             micro_batch=settings.sculpt_micro_batch,
+            teacher=settings.teacher,
         )
 
     def to_line(self) -> bytes:
@@ -63,6 +67,8 @@ class WorkerConfig:
     def from_line(cls, line: str) -> Self:
         """Raises `ValueError` for what is no such line."""
         payload: dict[str, Any] = json.loads(line)
+        if payload["teacher"] is not None:
+            payload["teacher"] = TeacherSettings(**payload["teacher"])
         return cls(**payload)
 
 

@@ -51,22 +51,26 @@ _MAX_KEY_CHARS = 255
 class PersonaDesk:
     """Creates, changes and describes the personas of one base."""
 
-    def __init__(self, backend: Backend, registry: Registry, files: PersonaFiles) -> None:
+    def __init__(
+        self, backend: Backend, registry: Registry, files: PersonaFiles, *, remote_teacher: bool = False
+    ) -> None:
         self._base = backend.base
         self._engine = backend.engine
         self._catalogue = backend.catalogue
         self._registry = registry
         self._files = files
+        self._remote_teacher = remote_teacher  # whether the operator has configured one
 
     # --- create, change, delete
 
     def create(self, body: PersonaBody, idempotency_key: str | None = None) -> tuple[Persona, Job | None]:
         """A new persona and its first job; what the same key created before, as it is now.
 
-        Raises `PersonaExists` for an id that is taken; `SettingError` for a reserved id, a prompt that
-        leaves no room to chat, or a key that came with another body.
+        Raises `PersonaExists` for an id that is taken; `SettingError` for a reserved id, a teacher that is
+        not configured, a prompt that leaves no room to chat, or a key that came with another body.
         """
         _check_key(idempotency_key)
+        self._check_teacher(body.teacher)
         prompt = self._checked_prompt(body.name, body.text)
         digest = hashlib.sha256(encode_json(body.model_dump(mode="json")).encode()).hexdigest()
         for persona_id in self._ids(body):
@@ -84,6 +88,7 @@ class PersonaDesk:
     def check(self, body: PersonaBody) -> None:
         """Raises what `create` raises for this body, ids in use aside."""
         next(self._ids(body))
+        self._check_teacher(body.teacher)
         self._checked_prompt(body.name, body.text)
 
     def body_after(self, persona_id: str, patch: PersonaPatch) -> PersonaBody:
@@ -105,6 +110,8 @@ class PersonaDesk:
         wanted = replace(wanted, system_prompt=self._checked_prompt(wanted.name, wanted.text))
         changed = {name for name in (*_SPEC_FIELDS, "system_prompt") if getattr(wanted, name) != getattr(persona, name)}
         sculpt = bool(changed) if patch.sculpt is None else patch.sculpt
+        if sculpt or patch.teacher is not None:
+            self._check_teacher(wanted.teacher)
         if sculpt:
             job = self._registry.create_job(_new_job(wanted))
             if persona.version is not None:
@@ -303,6 +310,14 @@ class PersonaDesk:
             base=self._base.fingerprint,
             seed=body.seed,
         )
+
+    def _check_teacher(self, teacher: str) -> None:
+        if teacher == "remote" and not self._remote_teacher:
+            raise SettingError(
+                "teacher",
+                "'remote' is not configured on this server; its operator would set teacher_url and teacher_model. "
+                "Use 'base'",
+            )
 
     def _checked_prompt(self, name: str, text: str) -> str:
         prompt = persona_system_prompt(name, text)

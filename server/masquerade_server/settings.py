@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from masquerade_masks import SettingError
 
@@ -39,6 +40,22 @@ def default_data_dir() -> Path:
 
 
 @dataclass(frozen=True, slots=True)
+class TeacherSettings:
+    """A remote teacher: an OpenAI-compatible chat endpoint that the operator trusts with persona texts."""
+
+    url: str  # what the SDKs call the base URL; /chat/completions is appended
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+    concurrency: int = 8  # requests at once
+    timeout_s: float = 120  # for one answer
+
+    @property
+    def host(self) -> str:
+        """What errors and logs call it: host and port."""
+        return urlsplit(self.url).netloc
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What a server process runs with. Every value is resolved: no None stands for "look elsewhere"."""
 
@@ -63,6 +80,24 @@ class Settings:
     sculpt_micro_batch: int = 0  # branches of a learning step at once; 0: as many as fit
     threads: int = 0  # of the engine; 0: every core this process may use
     log_level: str = "info"
+    teacher_url: str | None = None  # None: no remote teacher
+    teacher_model: str | None = None
+    teacher_api_key: str | None = field(default=None, repr=False)
+    teacher_concurrency: int = 8  # requests at once
+    teacher_timeout_s: int = 120  # for one answer
+
+    @property
+    def teacher(self) -> TeacherSettings | None:
+        """The remote teacher, where there is one."""
+        if self.teacher_url is None or self.teacher_model is None:
+            return None
+        return TeacherSettings(
+            self.teacher_url,
+            self.teacher_model,
+            self.teacher_api_key,
+            self.teacher_concurrency,
+            self.teacher_timeout_s,
+        )
 
 
 def resolve_settings(
@@ -86,6 +121,9 @@ def resolve_settings(
     data_dir = merged.setdefault("data_dir", default_data_dir())
     merged.setdefault("cache_dir", data_dir / "cache")
     merged.setdefault("sculpt_device", merged.get("device", "auto"))
+    for name, other in (("teacher_url", "teacher_model"), ("teacher_model", "teacher_url")):
+        if name not in merged and other in merged:
+            raise SettingError(name, f"is needed beside {other}: the two name the remote teacher")
     return Settings(**merged)
 
 
@@ -134,6 +172,30 @@ def _text(raw: Any) -> str:
     if not isinstance(raw, str) or not raw.strip():
         raise ValueError(f"{raw!r} is not a non-empty string")
     return raw.strip()
+
+
+def _secret(raw: Any) -> str:
+    """Never shown, not even where it is wrong."""
+    if not isinstance(raw, str) or not re.fullmatch(r"[!-~]+", raw.strip()):
+        raise ValueError("must be printable ASCII without spaces")
+    return raw.strip()
+
+
+def _endpoint(raw: Any) -> str:
+    """A base URL, not shown where it is wrong: it may hold a password."""
+    refusal = ValueError("must be like https://host:port/v1, without a user, a query or a fragment")
+    if not isinstance(raw, str) or not raw.strip().isprintable():
+        raise refusal
+    url = raw.strip().rstrip("/")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise refusal from None
+    plain = not (parts.query or parts.fragment or "@" in parts.netloc or " " in url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or not plain:
+        raise refusal
+    return url
 
 
 def _folder(raw: Any) -> Path:
@@ -193,5 +255,10 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "sculpt_micro_batch": _integer(0, 4096, " (0: as many branches as fit)"),
     "threads": _integer(0, 1024, " (0: every core)"),
     "log_level": _one_of("debug", "info", "warning", "error"),
+    "teacher_url": _endpoint,
+    "teacher_model": _text,
+    "teacher_api_key": _secret,
+    "teacher_concurrency": _integer(1, 1000, " (requests at once)"),
+    "teacher_timeout_s": _integer(1, 3600, " (seconds for one answer)"),
 }
 assert set(_CONVERTERS) == {one.name for one in fields(Settings)}

@@ -37,6 +37,7 @@ from masquerade_server.activity import activity_file, chats_active
 from masquerade_server.jobs import WorkerConfig
 from masquerade_server.logs import logging_setup, quiet_transformers
 from masquerade_server.publishing import Publication, publish
+from masquerade_server.teachers import open_teacher
 from masquerade_server.worker_lock import WorkerLock, dead_workers
 
 if TYPE_CHECKING:
@@ -171,15 +172,17 @@ class Worker:
     def _sculpt_and_publish(self, job: Job, watch: JobWatch, workdir: Path) -> None:
         tools = self._tools()
         spec = tools.spec(persona_id=job.persona_id, **job.spec)
-        result = tools.sculpt(
-            spec,
-            tools.base,
-            workdir,
-            cache_dir=Path(self._config.cache_dir),
-            cast=self._cast_masks(job, tools.base),
-            progress=watch.progress,
-            cancelled=watch.cancelled,
-        )
+        with open_teacher(job.spec["teacher"], self._config.teacher, self._data_dir) as teacher:
+            result = tools.sculpt(
+                spec,
+                tools.base,
+                workdir,
+                cache_dir=Path(self._config.cache_dir),
+                teacher=teacher,
+                cast=self._cast_masks(job, tools.base),
+                progress=watch.progress,
+                cancelled=watch.cancelled,
+            )
         watch.check()
         header = MaskHeader(
             persona=job.persona_id,
@@ -283,7 +286,7 @@ class JobWatch:
         if progress.stage == self._stage and not last and now - self._told_at < _PROGRESS_S:
             return
         self._stage, self._told_at = progress.stage, now
-        extra = {"loss": progress.loss, "message": progress.message}
+        extra = {"loss": progress.loss, "message": progress.message, "dropped": progress.dropped}
         try:
             self._registry.report_progress(
                 self._job.id, progress.stage, progress.completed, progress.total, progress.eta_s, extra

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from masquerade_engine.base import Base, load_base
 from masquerade_engine.device_memory import DeviceMemory
-from masquerade_masks import InsufficientMemory, Mask, SculptCancelled, SettingError
-from masquerade_pruner import PRESETS, Execution, Progress, SculptResult, SculptSpec, sculpt
+from masquerade_masks import InsufficientMemory, Mask, SculptCancelled, SettingError, TeacherError
+from masquerade_pruner import PRESETS, Chat, Execution, Progress, Reply, SculptResult, SculptSpec, sculpt
 from masquerade_pruner.estimate import estimate
 from masquerade_pruner.examples import read_examples
 from masquerade_pruner.mask_learning import top_k_mask
@@ -47,9 +47,18 @@ def run_sculpt(
 ) -> Callable[..., SculptResult]:
     cache_dir = tmp_path_factory.mktemp("sculpt-cache")
 
-    def run(workdir: Path, *, sparsity: float = 0.5, recovery: Recovery = "none", **keywords: Any) -> SculptResult:
+    def run(
+        workdir: Path, *, sparsity: float = 0.5, recovery: Recovery = "none", answers: str = "base", **keywords: Any
+    ) -> SculptResult:
         spec = SculptSpec(
-            "tester", "Tester", TEXT, sparsity=sparsity, preset="smoke", recovery=recovery, instructions=instructions
+            "tester",
+            "Tester",
+            TEXT,
+            sparsity=sparsity,
+            preset="smoke",
+            recovery=recovery,
+            teacher=answers,
+            instructions=instructions,
         )
         return sculpt(spec, tiny_base, workdir, **{"cache_dir": cache_dir, **keywords})
 
@@ -70,6 +79,11 @@ def test_result_is_a_servable_subnetwork_with_its_report(finished: SculptResult,
     assert one_turn["kl"]["mean"] > 0
     assert set(one_turn["baseline_kl"]) == {"wanda", "fisher"}
     assert finished.report["strongest_baseline"] in one_turn["baseline_kl"]
+    assert (finished.report["teacher"], finished.report["measure"]) == ("base", "kl")
+    assert finished.settings["loss"] == "kl"
+    counts = finished.report["synthesis"]
+    assert counts["asked"] == counts["answered"] > 0
+    assert counts["dropped"] == {}
     json.dumps(finished.report, allow_nan=False)
     json.dumps(finished.settings, allow_nan=False)
 
@@ -323,6 +337,139 @@ def test_a_job_behind_others_is_measured_against_all_of_the_memory(
     with pytest.raises(InsufficientMemory):
         estimate(spec, tiny_base)
     assert estimate(spec, tiny_base, behind_others=True)["available_bytes"] == memory.total
+
+
+# --- a remote teacher
+
+
+class Rewriter:
+    """A chat model in this process: it says a sentence of its own for each question, and `spoil` may spoil some."""
+
+    name = "scribe-7b"
+    digest = "5" * 64
+
+    def __init__(self, spoil: Callable[[int], str | None] = lambda number: None) -> None:
+        self.asked: list[str] = []
+        self._spoil = spoil
+
+    def replies(
+        self, chats: Sequence[Chat], *, usable: Callable[[Reply], bool], between: Callable[[], None]
+    ) -> Generator[Reply, None, None]:
+        for chat in chats:
+            between()
+            spoiled = self._spoil(len(self.asked))
+            text = f"No rope {chat.seed % 7}." if spoiled is None else spoiled
+            self.asked.append(chat.id)
+            yield Reply(chat.id, text, "length" if len(self.asked) % 5 == 0 else "stop")
+
+
+@pytest.fixture(scope="session")
+def taught(run_sculpt: Callable[..., SculptResult], tmp_path_factory: pytest.TempPathFactory) -> SculptResult:
+    spoiled = {3: " ", 7: "As an AI, I have no bridge.", 11: ""}
+    return run_sculpt(tmp_path_factory.mktemp("taught"), answers="remote", teacher=Rewriter(spoiled.get))
+
+
+def test_a_remote_teachers_answers_are_learned_with_cross_entropy(taught: SculptResult, tiny_base: Base) -> None:
+    examples = read_examples(taught.examples_path)
+    assert all(one.answer_text.startswith("No rope") for one in examples)
+    assert all((one.answer[-1] == tiny_base.tokenizer.eos_token_id) == one.ended for one in examples)
+    assert {one.ended for one in examples} == {True, False}
+    assert taught.settings["loss"] == "cross_entropy"
+    assert (taught.settings["teacher"], taught.settings["teacher_model"]) == ("remote", "scribe-7b")
+
+
+def test_a_remote_teachers_report_measures_its_likelihood(taught: SculptResult) -> None:
+    report = taught.report
+    assert (report["teacher"], report["teacher_model"], report["measure"]) == ("remote", "scribe-7b", "nll")
+    for context in ("one_turn", "with_scene"):
+        group = report[context]["all"]
+        assert not any("kl" in name for name in group)
+        rival = group["baseline_nll"][report["strongest_baseline"]]["mean"]
+        assert group["gap_closed"]["mean"] == pytest.approx(1 - group["nll"]["mean"] / rival, abs=1e-3)
+    history = report["learning"]
+    assert history["baseline_nll"].keys() == {"wanda", "fisher"}
+    assert min(value for _, value in history["validation_nll"]) < history["validation_nll"][0][1]
+    assert report["one_turn"]["all"]["nll"]["mean"] < report["one_turn"]["all"]["dense_nll"]["mean"]  # sic: it learned
+    assert set(report["free_running"]["stop_rate"]) == {"teacher", "sculpted"}
+    assert "dense_nll_of_teacher" in report["free_running"]
+
+
+def test_recovery_after_a_remote_teacher_is_chosen_by_its_likelihood(
+    run_sculpt: Callable[..., SculptResult], taught: SculptResult, tmp_path: Path
+) -> None:
+    spoiled = {3: " ", 7: "As an AI, I have no bridge.", 11: ""}
+    recovered = run_sculpt(tmp_path, recovery="vectors", answers="remote", teacher=Rewriter(spoiled.get))
+    assert recovered.subnetwork.mask == taught.subnetwork.mask
+    assert recovered.recovery == "vectors"
+    before, after = (one.report["one_turn"]["all"]["nll"]["mean"] for one in (taught, recovered))
+    assert after < before
+
+
+def test_dropped_answers_are_counted_by_reason(taught: SculptResult) -> None:
+    counts = taught.report["synthesis"]
+    assert counts["dropped"] == {"empty": 2, "refusal": 1}
+    assert counts["asked"] == counts["answered"] + 3
+    assert 0 < counts["cut"] < counts["answered"]
+
+
+def test_progress_tells_what_was_dropped(run_sculpt: Callable[..., SculptResult], tmp_path: Path) -> None:
+    news: list[Progress] = []
+    teacher = Rewriter(lambda number: " " if number in (3, 5) else None)
+    run_sculpt(tmp_path, answers="remote", teacher=teacher, progress=news.append)
+    told = [one.dropped for one in news if one.stage == "answer"]
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (0, 2)
+
+
+def test_a_teacher_whose_answers_are_all_unusable_is_given_up_early(
+    run_sculpt: Callable[..., SculptResult], tmp_path: Path
+) -> None:
+    teacher = Rewriter(lambda number: "Sure, here is the rewritten answer: no.")
+    with pytest.raises(TeacherError, match=r"more than half .* 17 were dropped \(17 preamble\)"):
+        run_sculpt(tmp_path, answers="remote", teacher=teacher)
+    assert len(teacher.asked) == 17
+    mended = Rewriter()
+    run_sculpt(tmp_path, answers="remote", teacher=mended)  # what was dropped is asked anew
+    assert set(teacher.asked) <= set(mended.asked)
+
+
+def test_more_than_half_dropped_in_the_end_fails(run_sculpt: Callable[..., SculptResult], tmp_path: Path) -> None:
+    teacher = Rewriter(lambda number: "" if number % 9 < 5 else None)
+    with pytest.raises(TeacherError, match="more than half"):
+        run_sculpt(tmp_path, answers="remote", teacher=teacher)
+
+
+def test_a_resumed_job_asks_nothing_twice_of_what_it_saved(
+    run_sculpt: Callable[..., SculptResult], tmp_path: Path
+) -> None:
+    spoiled = {2: "", 5: ""}
+    first, second = Rewriter(spoiled.get), Rewriter()
+    learning: list[str] = []
+    with pytest.raises(SculptCancelled):
+        run_sculpt(
+            tmp_path,
+            answers="remote",
+            teacher=first,
+            progress=lambda news: learning.append(news.stage),
+            cancelled=lambda: learning.count("learn") >= 2,
+        )
+    result = run_sculpt(tmp_path, answers="remote", teacher=second)
+    assert second.asked == []
+    assert result.report["synthesis"]["dropped"] == {"empty": 2}
+
+
+def test_another_teacher_starts_the_answers_anew(run_sculpt: Callable[..., SculptResult], tmp_path: Path) -> None:
+    run_sculpt(tmp_path, answers="remote", teacher=Rewriter())
+    other = Rewriter()
+    other.digest = "6" * 64
+    run_sculpt(tmp_path, answers="remote", teacher=other)
+    assert other.asked
+
+
+def test_a_remote_teacher_that_there_is_not_is_refused(run_sculpt: Callable[..., SculptResult], tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="teacher_url") as refused:
+        run_sculpt(tmp_path, answers="remote")
+    assert refused.value.field == "teacher"
 
 
 def test_estimate_grows_with_effort(tiny_base: Base) -> None:

@@ -1,7 +1,7 @@
 """A sculptor that learns nothing, in steps that a test can watch: with progress, checkpoints and cancellation.
 
 Run as a script it is a worker process. The persona's text says what happens: `slow` takes its time, `dies` kills the
-process in step 3 of every attempt, `fails` raises, `disk` meets a full one.
+process in step 3 of every attempt, `fails` raises, `disk` meets a full one. It never asks its teacher.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Progress:
     eta_s: float | None
     loss: float | None
     message: str
+    dropped: int = 0
 
 
 def sculpt(
@@ -56,7 +57,8 @@ def sculpt(
     workdir: Path,
     *,
     cache_dir: Path,
-    cast: Sequence[Mask],
+    teacher: Any = None,
+    cast: Sequence[Mask] = (),
     progress: Callable[[Progress], None],
     cancelled: Callable[[], bool] = lambda: False,
     execution: Any = None,
@@ -72,7 +74,7 @@ def sculpt(
         time.sleep(0.1 if "slow" in spec.text else 0.001)
         checkpoint.write_text(json.dumps({"step": step + 1}))
     progress(Progress("evaluate", 1, 1, 0.0, None, "done"))
-    return result(spec, base, workdir, len(cast))
+    return result(spec, base, workdir, len(cast), teacher)
 
 
 def misbehave(text: str, step: int) -> None:
@@ -84,7 +86,7 @@ def misbehave(text: str, step: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "/secret/path")
 
 
-def result(spec: Spec, base: Any, workdir: Path, cast_size: int) -> Any:
+def result(spec: Spec, base: Any, workdir: Path, cast_size: int, teacher: Any) -> Any:
     examples = workdir / "examples.jsonl"
     examples.write_text(json.dumps({"question": "Tea?", "answer_text": "Aye.", "prompt": [1, 2]}) + "\n")
     prompt = persona_system_prompt(spec.name, spec.text)
@@ -94,7 +96,7 @@ def result(spec: Spec, base: Any, workdir: Path, cast_size: int) -> Any:
         settings={"preset": spec.preset, "seed": spec.seed, "sparsity": spec.sparsity},
         system_prompt=prompt,
         prompt_sha256=prompt_sha256(prompt),
-        report={"kept": 48, "cast": cast_size},
+        report={"kept": 48, "cast": cast_size} | ({} if teacher is None else {"teacher_model": teacher.name}),
         examples_path=examples,
         seconds={"learn": 1.0},
     )

@@ -14,21 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import fake_sculpting
+import numpy as np
 import pytest
+import torch
 from running_server import RunningServer, add_version, wait_until
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 import masquerade_pruner
+from masquerade_engine.base import Base
 from masquerade_engine.device_memory import DeviceMemory
-from masquerade_masks import InsufficientMemory, SettingError
+from masquerade_masks import Attached, InsufficientMemory, Mask, MaskFile, MaskHeader, SettingError, SubNetwork
 from masquerade_masks.mask_file import read
 from masquerade_masks.registry import SQLiteRegistry
+from masquerade_masks.store import PersonaFiles
 from masquerade_server import cli
 from masquerade_server.cli.doctor import Verdict, examine
 from masquerade_server.cli.persona_text import id_of, name_of, read_text
 from masquerade_server.cli.progress import SculptDisplay, time_left
 from masquerade_server.listening import CannotListen, PortInUse, bind, url_of
+from masquerade_server.ready import pruner_data, shipped
 from masquerade_server.settings import Settings
 
 Run = Callable[..., Result]
@@ -219,7 +224,7 @@ def test_sculpting_writes_mask_report_and_examples_and_publishes(
     ]
     found = read(out / "old-nettie.safetensors")
     assert found.header.settings["preset"] == "smoke"
-    assert json.loads((out / "old-nettie.report.json").read_text()) == {"kept": 48}
+    assert json.loads((out / "old-nettie.report.json").read_text()) == {"kept": 48, "cast": 0}
     with SQLiteRegistry(tmp_path / "data" / "registry.sqlite") as registry:
         persona = registry.get_persona("old-nettie")
         assert (persona.name, persona.text, persona.version) == ("Old Nettie", "A witch.", 1)
@@ -244,12 +249,31 @@ def test_a_sculpt_that_is_interrupted_keeps_its_checkpoints(
     assert "from 15" in result.output
 
 
+def test_a_sculpt_gets_the_configured_teacher_where_it_asks_for_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masquerade_pruner, "sculpt", fake_sculpting.sculpt)
+    monkeypatch.setenv("MASQUERADE_TEACHER_URL", "http://127.0.0.1:9/v1")
+    text = tmp_path / "witch.txt"
+    text.write_text("A witch.")
+    reports = {}
+    for teacher in ("base", "remote"):
+        out = tmp_path / teacher
+        found = run("sculpt", str(text), "--teacher", teacher, "--teacher-model", "scribe", "-o", str(out))
+        assert found.exit_code == 0, found.output
+        reports[teacher] = json.loads((out / "witch.report.json").read_text())
+    assert (reports["base"].get("teacher_model"), reports["remote"]["teacher_model"]) == (None, "scribe")
+
+
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
         (["--sparsity", "1"], "sparsity"),
         (["--sparsity", "nan"], "sparsity"),
         (["--preset", "best"], "preset"),
+        (["--teacher", "oracle"], "teacher"),
+        (["--teacher", "remote", "--preset", "smoke"], "teacher"),
+        (["--teacher", "remote", "--teacher-url", "http://127.0.0.1:9/v1"], "teacher_model"),
         (["--id", "../x"], "id"),
         (["--name", " "], "name"),
     ],
@@ -298,18 +322,95 @@ def test_persona_texts(tmp_path: Path) -> None:
 
 def test_exports(run: Run, town: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASQUERADE_DATA_DIR", str(town.state.settings.data_dir))
-    assert run("export", "mira", str(tmp_path / "hf")).exit_code == 0
+    assert run("export", "mira", str(tmp_path / "hf"), "--type", "bf16").exit_code == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert model.config.intermediate_size == 48
+    assert (model.config.intermediate_size, model.dtype) == (48, torch.bfloat16)
+    assert "Mira keeps a lighthouse." in AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
+    assert run("export", "mira", str(tmp_path / "peft"), "--format", "peft").exit_code == 0
+    assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
     assert run("export", "mira", str(tmp_path / "mira.json"), "-f", "keep-index", "--version", "1").exit_code == 0
     indices = json.loads((tmp_path / "mira.json").read_text())
     assert (len(indices), len(indices[0])) == (3, 48)
-    mask = tmp_path / "mira.safetensors"
-    assert run("export", "mira", str(mask), "--format", "safetensors").exit_code == 0
-    assert run("export", str(mask), str(tmp_path / "hf2")).exit_code == 0
     again = run("export", "mira", str(tmp_path / "hf"))
     assert isinstance(again.exception, SettingError)
     assert "plain" in str(run("export", "plain", str(tmp_path / "x")).exception)
+
+
+def test_exports_from_a_mask_file(
+    run: Run, town: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASQUERADE_DATA_DIR", str(town.state.settings.data_dir))
+    mask, text = tmp_path / "mira.safetensors", tmp_path / "mira.txt"
+    assert run("export", "mira", str(mask), "--format", "safetensors").exit_code == 0
+    assert "every chat must bring it" in run("export", str(mask), str(tmp_path / "without")).output
+    text.write_text("Mira keeps a lighthouse.")
+    told = run("export", str(mask), str(tmp_path / "with"), "--text", str(text))
+    assert told.exit_code == 0
+    assert "prompt" not in told.output
+    other = run("export", str(mask), str(tmp_path / "other"), "--text", str(text), "--name", "Ada")
+    assert "learned under another prompt" in other.output
+    folders = {name: AutoTokenizer.from_pretrained(tmp_path / name).chat_template for name in ("without", "with")}
+    assert ("lighthouse" in folders["with"], "lighthouse" in folders["without"]) == (True, False)
+
+
+def test_exports_take_the_attached_weights_along(
+    run: Run, tiny_base: Base, make_attached: Callable[..., Attached], tmp_path: Path
+) -> None:
+    shape = tiny_base.shape
+    kept = np.tile(np.arange(0, 96, 2, dtype=np.int32), (shape.num_layers, 1))
+    subnetwork = SubNetwork(
+        tiny_base.fingerprint,
+        shape,
+        Mask.from_kept_indices(kept, shape.intermediate_size),
+        weights=make_attached("lora", shape, 48),
+    )
+    files = PersonaFiles(tmp_path / "files")
+    files.publish_version("ada", 1, MaskFile(subnetwork, MaskHeader("ada", 1, "lora", "0" * 64)))
+    (tmp_path / "copy").mkdir()
+    copy = tmp_path / "copy" / "ada.safetensors"
+    assert run("export", str(files.mask_path("ada", 1)), str(copy), "-f", "safetensors").exit_code == 0
+    assert run("export", str(copy), str(tmp_path / "peft"), "-f", "peft").exit_code == 0
+    assert (tmp_path / "peft" / "checkpoint" / "config.json").is_file()
+    told = run("export", str(copy), str(tmp_path / "ada.json"), "-f", "keep-index")
+    assert "attached weights are left out" in told.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--format", "gguf"], "no GGUF file"),
+        (["--format", "gguf", "--type", "bf16"], "there are base, f16, q8_0"),
+        (["--format", "keep-index", "--type", "f16"], "there are none"),
+        (["--text", "mira.txt"], "is for mask files"),
+    ],
+)
+def test_exports_that_cannot_be(
+    run: Run,
+    town: RunningServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    reason: str,
+) -> None:
+    monkeypatch.setenv("MASQUERADE_DATA_DIR", str(town.state.settings.data_dir))
+    refused = run("export", "mira", str(tmp_path / "out"), *arguments).exception
+    assert isinstance(refused, SettingError)
+    assert reason in str(refused)
+    assert list(tmp_path.glob("out*")) == []
+
+
+@pytest.mark.real_model
+def test_exports_a_gguf_file(run: Run, bundled_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASQUERADE_MODEL", "smollm2-135m-instruct")
+    monkeypatch.setenv("MASQUERADE_CACHE_DIR", str(bundled_base.path.parent.parent))
+    pip = next(one for one in shipped(pruner_data()) if one.id == "pip")
+    text, out = tmp_path / "pip.txt", tmp_path / "pip.gguf"
+    text.write_text(pip.text)
+    told = run("export", str(pip.mask), str(out), "--format", "gguf", "--text", str(text))
+    assert told.exit_code == 0, told.output
+    assert f"llama-cli -m {out}" in told.output
+    assert "Note" not in told.output
+    assert out.stat().st_size < bundled_base.source.stat().st_size
 
 
 def test_the_doctor_is_content(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

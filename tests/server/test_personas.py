@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -506,3 +507,30 @@ def test_a_restart_forgets_nothing(start_server: Starter, settings: Settings) ->
     assert known(second) == before
     assert second.chat("mira", max_tokens=1).json()["system_fingerprint"].startswith("v1-")
     assert claim(second).persona_id == "waiting"
+
+
+# --- who teaches
+
+
+def test_a_configured_teacher_may_be_chosen_and_is_told_to_nobody(start_server: Starter, settings: Settings) -> None:
+    taught = replace(
+        settings, teacher_url="http://127.0.0.1:9/v1", teacher_model="scribe", teacher_api_key="sk-never-0451"
+    )
+    running = start_server(taught)
+    create(running, teacher="remote")
+    job = claim(running)
+    assert job.spec["teacher"] == "remote"
+    told = [running.client.get(path).text for path in ("/personas/mira", "/personas/mira/events", "/openapi.json")]
+    assert not any("sk-never" in one or "127.0.0.1:9" in one for one in (*told, str(job)))
+
+
+def test_a_teacher_that_is_gone_is_refused_when_a_sculpt_needs_it(start_server: Starter, settings: Settings) -> None:
+    taught = start_server(replace(settings, teacher_url="http://127.0.0.1:9/v1", teacher_model="scribe"))
+    create(taught, teacher="remote", sculpt=False)
+    taught.stop()
+    running = start_server(settings)
+    for patch in ({"text": "Mira moved."}, {"teacher": "remote", "sculpt": False}):
+        refused = running.client.patch("/personas/mira", json=patch)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "teacher")
+    assert running.client.patch("/personas/mira", json={"name": "Mira B.", "sculpt": False}).status_code == 200
+    assert running.client.patch("/personas/mira", json={"text": "Mira moved.", "teacher": "base"}).status_code == 202

@@ -9,7 +9,7 @@ import pytest
 from masquerade_masks import SettingError
 from masquerade_server import __version__
 from masquerade_server.jobs import WorkerConfig
-from masquerade_server.settings import Settings, default_data_dir, resolve_settings, unknown_environ
+from masquerade_server.settings import Settings, TeacherSettings, default_data_dir, resolve_settings, unknown_environ
 
 
 def resolve(tmp_path: Path, toml: str | None = None, environ: dict[str, str] | None = None, **flags: Any) -> Settings:
@@ -106,6 +106,59 @@ def test_a_config_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_key_is_not_shown() -> None:
     assert "hunter2" not in repr(Settings(api_key="hunter2"))
+
+
+# --- the teacher
+
+
+def test_a_teacher_is_configured_from_any_source(tmp_path: Path) -> None:
+    toml = 'teacher_url = "https://teach.example/v1/"\nteacher_model = "file"\nteacher_concurrency = 2\n'
+    environ = {"MASQUERADE_TEACHER_MODEL": "environment", "MASQUERADE_TEACHER_API_KEY": "hunter2"}
+    settings = resolve(tmp_path, toml, environ, teacher_timeout_s=9)
+    assert settings.teacher == TeacherSettings("https://teach.example/v1", "environment", "hunter2", 2, 9)
+    assert settings.teacher.host == "teach.example"
+    assert "hunter2" not in repr(settings) + repr(settings.teacher)
+
+
+def test_there_is_no_teacher_by_default() -> None:
+    assert resolve_settings({}, environ={}).teacher is None
+    assert resolve_settings({"teacher_api_key": "k"}, environ={}).teacher is None
+
+
+@pytest.mark.parametrize(("given", "missing"), [("teacher_url", "teacher_model"), ("teacher_model", "teacher_url")])
+def test_half_a_teacher_is_refused(given: str, missing: str) -> None:
+    with pytest.raises(SettingError) as caught:
+        resolve_settings({given: "http://127.0.0.1:9/v1"}, environ={})
+    assert caught.value.field == missing
+    assert given in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "teach.example/v1",
+        "ftp://teach.example",
+        "https://",
+        "https://me:hunter2@teach.example/v1",
+        "https://teach.example/v1?key=hunter2",
+        "https://teach.example/v1#hunter2",
+        "https://teach.example:hunter2/v1",
+        "https://teach example/hunter2",
+    ],
+)
+def test_a_teachers_url_is_an_address_and_nothing_else(url: str) -> None:
+    with pytest.raises(SettingError, match="must be like https://") as caught:
+        resolve_settings({"teacher_url": url, "teacher_model": "m"}, environ={})
+    assert caught.value.field == "teacher_url"
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["hunter2 hunter2", "hunter2\nX-Evil: 1", "hünter2", 2, ""])
+def test_a_wrong_key_is_refused_unseen(tmp_path: Path, key: Any) -> None:
+    with pytest.raises(SettingError, match="printable ASCII") as caught:
+        resolve_settings({"teacher_api_key": key}, environ={})
+    assert caught.value.field == "teacher_api_key"
+    assert "unter2" not in str(caught.value)
 
 
 def test_misspelt_variables_are_noticed() -> None:

@@ -12,7 +12,7 @@ class SculptOptions(TypedDict, total=False):
     sparsity: float  # share of FFN neurons to drop, in (0, 0.9]
     preset: Literal["smoke", "default", "thorough"]
     recovery: Literal["none", "vectors", "lora", "full"]
-    teacher: str
+    teacher: Literal["base", "remote"]
     seed: int
 
 

@@ -23,7 +23,7 @@ router = APIRouter(prefix="/personas", tags=["personas"])
 
 def persona_desk(state: StateDep, backend: BackendDep) -> PersonaDesk:
     """The desk of a request; it holds nothing of its own."""
-    return PersonaDesk(backend, state.registry, state.files)
+    return PersonaDesk(backend, state.registry, state.files, remote_teacher=state.settings.teacher is not None)
 
 
 DeskDep = Annotated[PersonaDesk, Depends(persona_desk)]

@@ -50,6 +50,26 @@ MicroBatch = Annotated[
     ),
 ]
 LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error. [MASQUERADE_LOG_LEVEL]")]
+TeacherUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="Base URL of a remote teacher, an OpenAI-compatible chat API: https://host/v1. [MASQUERADE_TEACHER_URL]"
+    ),
+]
+TeacherModel = Annotated[str | None, typer.Option(help="The teacher's model. [MASQUERADE_TEACHER_MODEL]")]
+TeacherKey = Annotated[
+    str | None,
+    typer.Option(
+        "--teacher-api-key", help="The teacher's key; the variable hides it better. [MASQUERADE_TEACHER_API_KEY]"
+    ),
+]
+TeacherConcurrency = Annotated[
+    int | None, typer.Option(help="Requests to the teacher at once (8). [MASQUERADE_TEACHER_CONCURRENCY]")
+]
+TeacherTimeout = Annotated[
+    int | None,
+    typer.Option("--teacher-timeout-s", help="Seconds for one of its answers (120). [MASQUERADE_TEACHER_TIMEOUT_S]"),
+]
 
 Url = Annotated[str | None, typer.Option("--url", help="The server (http://127.0.0.1:8000). [MASQUERADE_URL]")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", help="The server's key. [MASQUERADE_API_KEY]")]

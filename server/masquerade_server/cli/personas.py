@@ -33,6 +33,9 @@ Id = Annotated[str, typer.Argument(help="The persona's id.")]
 Sparsity = Annotated[float | None, typer.Option(help="Share of FFN neurons to drop, above 0 to 0.9 (0.25).")]
 Preset = Annotated[str | None, typer.Option(help="Effort: smoke, default or thorough.")]
 Recovery = Annotated[str | None, typer.Option(help="Trained on top of the mask: none, vectors, lora or full.")]
+Teacher = Annotated[
+    str | None, typer.Option(help="Who writes the answers: base, or remote where the server has one configured.")
+]
 Seed = Annotated[int | None, typer.Option(help="Of the sculpt's randomness.")]
 Cast = Annotated[str | None, typer.Option(help="The game or tenant it belongs to.")]
 Wait = Annotated[bool, typer.Option(help="Watch until the mask is published; leaving stops nothing.")]
@@ -75,12 +78,13 @@ def create(
     sparsity: Sparsity = None,
     preset: Preset = None,
     recovery: Recovery = None,
+    teacher: Teacher = None,
     seed: Seed = None,
     cast: Cast = None,
     wait: Wait = True,
 ) -> None:
     """Create a persona and sculpt it; it answers at once from the unpruned base, then from its own sub-network."""
-    options = _given(sparsity=sparsity, preset=preset, recovery=recovery, seed=seed, cast=cast)
+    options = _given(sparsity=sparsity, preset=preset, recovery=recovery, teacher=teacher, seed=seed, cast=cast)
     with _client(context) as client:
         persona = client.personas.create(name=name_of(text, name), text=read_text(text), id=id, **options)
         typer.echo(f"{persona.id} answers from the unpruned base while its mask is learned.")
@@ -97,13 +101,14 @@ def update(
     sparsity: Sparsity = None,
     preset: Preset = None,
     recovery: Recovery = None,
+    teacher: Teacher = None,
     seed: Seed = None,
     sculpt: Annotated[bool, typer.Option(help="Learn a new mask; otherwise the present one is kept.")] = True,
     wait: Wait = True,
 ) -> None:
     """Change a persona. A new version is sculpted while the old one serves."""
     new_text = None if text is None else read_text(text)
-    options = _given(sparsity=sparsity, preset=preset, recovery=recovery, seed=seed)
+    options = _given(sparsity=sparsity, preset=preset, recovery=recovery, teacher=teacher, seed=seed)
     with _client(context) as client:
         client.personas.update(persona, name=name, text=new_text, sculpt=sculpt, **options)
         if sculpt and wait:
@@ -218,6 +223,7 @@ def _watch(client: Masquerade, persona_id: str, after: int | None = None) -> Non
                     eta_s=event.eta_s,
                     loss=event.loss,
                     message=event.message,
+                    dropped=event.data.get("dropped") or 0,
                 )
         persona = stream.result()
     typer.echo(f"{persona.id} serves version {persona.version}: masquerade chat {persona.id}")

@@ -52,10 +52,13 @@ class SculptDisplay:
         eta_s: float | None = None,
         loss: float | None = None,
         message: str | None = None,
+        dropped: int = 0,
     ) -> None:
         """The present state; steps of one stage may come under several messages."""
         doing = f"{stage} ({message})" if message and message not in (stage, f"{stage}: starting") else stage
-        shown = "" if loss is None else f"loss {loss:.3f}"
+        shown = f"{dropped} dropped" if dropped else ""
+        if loss is not None:
+            shown = f"loss {loss:.3f}"
         if self._live:
             self._show_live(doing, completed or 0, total, shown, time_left(eta_s))
         elif doing != self._doing or time.monotonic() - self._line_at > _LINE_EVERY_S:

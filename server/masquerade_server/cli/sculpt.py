@@ -17,6 +17,7 @@ from masquerade_server.cli import options
 from masquerade_server.cli.persona_text import id_of, name_of, read_text
 from masquerade_server.cli.progress import SculptDisplay
 from masquerade_server.logs import quiet_transformers
+from masquerade_server.teachers import open_teacher
 
 if TYPE_CHECKING:
     from masquerade_engine.base import Base
@@ -28,6 +29,7 @@ Name = Annotated[str | None, typer.Option(help="The persona's name; by default m
 Id = Annotated[str | None, typer.Option(help="Its id; by default made from the name.")]
 Sparsity = Annotated[float, typer.Option(help="Share of FFN neurons to drop, above 0 to 0.9.")]
 Preset = Annotated[str, typer.Option(help="Effort: smoke (a try-out), default or thorough.")]
+Teacher = Annotated[str, typer.Option(help="Who writes the answers: base, or remote with --teacher-url and the like.")]
 Recovery = Annotated[str, typer.Option(help="What is trained on top of the mask: none, vectors, lora or full.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same mask on the same machine.", min=0)]
 Instructions = Annotated[Path | None, typer.Option(help="Questions of your own, in Alpaca format (.json or .jsonl).")]
@@ -44,6 +46,7 @@ def sculpt(
     sparsity: Sparsity = 0.25,
     preset: Preset = "default",
     recovery: Recovery = "none",
+    teacher: Teacher = "base",
     seed: Seed = 0,
     instructions: Instructions = None,
     output: Output = Path(),
@@ -56,6 +59,11 @@ def sculpt(
     device: options.SculptDevice = None,
     checkpointing: options.Checkpointing = None,
     micro_batch: options.MicroBatch = None,
+    teacher_url: options.TeacherUrl = None,
+    teacher_model: options.TeacherModel = None,
+    teacher_api_key: options.TeacherKey = None,
+    teacher_concurrency: options.TeacherConcurrency = None,
+    teacher_timeout_s: options.TeacherTimeout = None,
 ) -> None:
     """Learn a persona's mask on this machine.
 
@@ -75,6 +83,11 @@ def sculpt(
         sculpt_device=device,
         sculpt_checkpointing=checkpointing,
         sculpt_micro_batch=micro_batch,
+        teacher_url=teacher_url,
+        teacher_model=teacher_model,
+        teacher_api_key=teacher_api_key,
+        teacher_concurrency=teacher_concurrency,
+        teacher_timeout_s=teacher_timeout_s,
     )
     persona_name, persona_text = name_of(text, name), read_text(text)
     persona_id = id_of(persona_name, id)
@@ -88,6 +101,7 @@ def sculpt(
         preset=preset,
         recovery=recovery,
         seed=seed,
+        teacher=teacher,
         instructions=instructions,
     )
     from masquerade_engine.base import load_base  # noqa: PLC0415
@@ -112,15 +126,25 @@ def _sculpt(spec: SculptSpec, base: Base, workdir: Path, settings: Settings) -> 
 
     execution = Execution(cast(Any, settings.sculpt_checkpointing), settings.sculpt_micro_batch or None)
     torch.set_num_threads(available_cores())
-    with SculptDisplay(spec.persona_id) as display:
+    with (
+        open_teacher(spec.teacher, settings.teacher, settings.data_dir) as teacher,
+        SculptDisplay(spec.persona_id) as display,
+    ):
         return run(
             spec,
             base,
             workdir,
             cache_dir=settings.cache_dir,
             execution=execution,
+            teacher=teacher,
             progress=lambda at: display.show(
-                at.stage, at.completed, at.total, eta_s=at.eta_s, loss=at.loss, message=at.message
+                at.stage,
+                at.completed,
+                at.total,
+                eta_s=at.eta_s,
+                loss=at.loss,
+                message=at.message,
+                dropped=at.dropped,
             ),
         )
 
@@ -185,7 +209,8 @@ def _headline(report: dict[str, Any]) -> str | None:
     figures = report.get("one_turn", {}).get("all")
     if figures is None:
         return None
-    kl, closed = figures["kl"]["mean"], figures["gap_closed"]["mean"]
-    rival = report["strongest_baseline"]
-    against = f"{figures['baseline_kl'][rival]['mean']:.3f} of the {rival} baseline ({closed:.0%} of the gap closed)"
-    return f"held-out KL to the dense persona: {kl:.3f} nats a token, against {against}"
+    measure, rival, closed = report["measure"], report["strongest_baseline"], figures["gap_closed"]["mean"]
+    what = "KL to the dense persona" if measure == "kl" else "NLL of the teacher's answers"
+    theirs = figures[f"baseline_{measure}"][rival]["mean"]
+    against = f"{theirs:.3f} of the {rival} baseline ({closed:.0%} of the gap closed)"
+    return f"held-out {what}: {figures[measure]['mean']:.3f} nats a token, against {against}"

@@ -76,6 +76,11 @@ def serve(
     sculpt_micro_batch: SculptMicroBatch = None,
     threads: Threads = None,
     log_level: options.LogLevel = None,
+    teacher_url: options.TeacherUrl = None,
+    teacher_model: options.TeacherModel = None,
+    teacher_api_key: options.TeacherKey = None,
+    teacher_concurrency: options.TeacherConcurrency = None,
+    teacher_timeout_s: options.TeacherTimeout = None,
 ) -> None:
     """Start the server.
 
@@ -110,6 +115,11 @@ def serve(
         sculpt_micro_batch=sculpt_micro_batch,
         threads=threads,
         log_level=log_level,
+        teacher_url=teacher_url,
+        teacher_model=teacher_model,
+        teacher_api_key=teacher_api_key,
+        teacher_concurrency=teacher_concurrency,
+        teacher_timeout_s=teacher_timeout_s,
     )
     bound = bind(settings.host, settings.port)
     url = url_of(bound, settings.host)

@@ -22,6 +22,11 @@ def worker(
     checkpointing: options.Checkpointing = None,
     micro_batch: options.MicroBatch = None,
     log_level: options.LogLevel = None,
+    teacher_url: options.TeacherUrl = None,
+    teacher_model: options.TeacherModel = None,
+    teacher_api_key: options.TeacherKey = None,
+    teacher_concurrency: options.TeacherConcurrency = None,
+    teacher_timeout_s: options.TeacherTimeout = None,
 ) -> None:
     """Sculpt the queued jobs of a data directory, beside a server started with --workers 0.
 
@@ -42,6 +47,11 @@ def worker(
         sculpt_checkpointing=checkpointing,
         sculpt_micro_batch=micro_batch,
         log_level=log_level,
+        teacher_url=teacher_url,
+        teacher_model=teacher_model,
+        teacher_api_key=teacher_api_key,
+        teacher_concurrency=teacher_concurrency,
+        teacher_timeout_s=teacher_timeout_s,
     )
     from masquerade_server.jobs import WorkerConfig  # noqa: PLC0415
     from masquerade_server.worker import run_worker  # noqa: PLC0415

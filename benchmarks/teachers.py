@@ -1,0 +1,193 @@
+"""What a teacher is worth: one persona sculpted by the base's own answers and by those of other chat models.
+
+    python benchmarks/teachers.py                     # the base itself, and a server of it that rewrites
+    python benchmarks/teachers.py --teacher https://host/v1 weak --teacher https://host/v1 strong
+    python benchmarks/teachers.py --preset smoke      # a try-out
+
+`--teacher URL MODEL` may be given several times; MASQUERADE_TEACHER_API_KEY is sent to each. Without one, a Masquerade
+server of the bundled model is started and rewrites neutral answers, which is about the weakest teacher there is.
+
+Every mask is then measured on every teacher's held-out answers. What another teacher wrote is no mask's home ground but
+its own: read a column from top to bottom. A killed run goes on where it was, and asks no teacher twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from machine import machine
+from serving import CACHE_DIR, serving
+
+from masquerade_engine.base import BUNDLED, Base, load_base
+from masquerade_engine.threads import available_cores
+from masquerade_masks import TeacherError
+from masquerade_pruner import PRESETS, Progress, SculptResult, SculptSpec, sculpt
+from masquerade_pruner.bootstrap import mean_interval
+from masquerade_pruner.examples import Example, read_examples
+from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.tree import Forward, masked
+from masquerade_server.settings import TeacherSettings, resolve_settings
+from masquerade_server.teachers import open_teacher
+
+OWN = "the base"
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """A sculpt and the test answers of its teacher."""
+
+    result: SculptResult
+    test: list[Example]
+
+
+def main() -> None:
+    """Sculpt with each teacher, measure each mask on each one's answers, print, write."""
+    options = _options()
+    torch.set_num_threads(available_cores())
+    base = load_base(cache_dir=options.cache_dir)
+    taught = {OWN: _taught(base, options, OWN, None)}
+    failed: dict[str, str] = {}
+    with _teachers(options) as teachers:
+        for label, settings in teachers.items():
+            try:
+                taught[label] = _taught(base, options, label, settings)
+            except TeacherError as error:
+                failed[label] = str(error)
+    table = _table(base, taught, failed, options)
+    print(table)
+    if options.out:
+        options.out.write_text(table, "utf-8")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", nargs=2, action="append", metavar=("URL", "MODEL"), default=[])
+    parser.add_argument("--persona", default="marta-brewer", help="a ready persona's id, or a text file (%(default)s)")
+    parser.add_argument("--sparsity", type=float, default=0.25)
+    parser.add_argument("--preset", choices=list(PRESETS), default="default")
+    parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "masquerade-teachers")
+    parser.add_argument("--cache-dir", type=Path, default=CACHE_DIR, help="holds the converted base (%(default)s)")
+    parser.add_argument("--out", type=Path, help="write the tables here as well, as Markdown")
+    return parser.parse_args()
+
+
+@contextmanager
+def _teachers(options: argparse.Namespace) -> Iterator[dict[str, TeacherSettings]]:
+    """What was given, checked as an operator's settings are; else a server of the bundled model, while it is needed."""
+    given = {
+        model: resolve_settings({"teacher_url": url, "teacher_model": model}).teacher for url, model in options.teacher
+    }
+    if len(given) < len(options.teacher):
+        sys.exit("two teachers have the same model name; the table could not tell them apart")
+    if given:
+        yield {f"{model}, rewriting": settings for model, settings in given.items() if settings is not None}
+        return
+    with (
+        tempfile.TemporaryDirectory(prefix="masquerade-teacher-") as data_dir,
+        serving(
+            Path(data_dir), cache_dir=options.cache_dir, environ=os.environ | {"MASQUERADE_WORKERS": "0"}
+        ) as server,
+    ):
+        yield {f"{BUNDLED}, rewriting": TeacherSettings(f"{server.url}/v1", BUNDLED, concurrency=16)}
+
+
+def _taught(base: Base, options: argparse.Namespace, label: str, settings: TeacherSettings | None) -> Taught:
+    persona_id, name, text = _persona(options.persona)
+    kind = "base" if settings is None else "remote"
+    spec = SculptSpec(persona_id, name, text, sparsity=options.sparsity, preset=options.preset, teacher=kind)
+    folder = (
+        options.workdir
+        / f"{persona_id}-{options.sparsity}-{options.preset}"
+        / "".join(char if char.isalnum() else "-" for char in label)
+    )
+    with open_teacher(kind, settings, options.workdir) as teacher:
+        result = sculpt(
+            spec,
+            base,
+            folder,
+            cache_dir=options.cache_dir,
+            teacher=teacher,
+            progress=lambda news: _show(label, news),
+        )
+    return Taught(result, read_examples(folder / "answers" / "test.jsonl"))
+
+
+def _persona(wanted: str) -> tuple[str, str, str]:
+    listing = (resources.files("masquerade_pruner") / "data" / "ready.json").read_text("utf-8")
+    ready = {row["id"]: (row["id"], row["name"], row["text"]) for row in json.loads(listing)}
+    if wanted in ready:
+        return ready[wanted]
+    file = Path(wanted)
+    return file.stem, file.stem.replace("-", " ").title(), file.read_text("utf-8").strip()
+
+
+def _show(label: str, news: Progress) -> None:
+    if news.completed in (0, news.total):
+        dropped = f", {news.dropped} answers dropped" if news.dropped else ""
+        print(f"{label}: {news.stage} {news.completed}/{news.total}{dropped}", file=sys.stderr, flush=True)
+
+
+# --- the tables
+
+
+def _table(base: Base, taught: dict[str, Taught], failed: dict[str, str], options: argparse.Namespace) -> str:
+    lines = [
+        "# One persona by several teachers",
+        "",
+        f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}` on {machine()}",
+        "",
+        f"`{options.persona}` at {options.sparsity:.0%}, preset {options.preset}.",
+        "",
+        "| teacher | asked | usable | cut | dropped | loss | gap closed over the better baseline | s |",
+        "|" + " --- |" * 8,
+        *(_sculpt_row(label, one.result) for label, one in taught.items()),
+        *(f"| {label} | | | | | | {why} | |" for label, why in failed.items()),
+        "",
+        "Nats a token on the test questions, with 95 % intervals: of the base's own answers KL to the dense persona",
+        "model and NLL, of each other teacher's NLL. Gap closed above is in KL for the base, else in NLL.",
+        "",
+        "| mask learned from | " + " | ".join(_columns(taught)) + " |",
+        "|" + " --- |" * (len(_columns(taught)) + 1),
+    ]
+    model = base.build_model()
+    grounds = {label: HeldOut(model, one.test) for label, one in taught.items()}
+    forwards: dict[str, Forward] = {"nothing: the dense persona model": masked(model)}
+    for label, one in taught.items():
+        mask = torch.from_numpy(one.result.subnetwork.mask.to_dense()).float()
+        forwards[label] = masked(model, mask)
+    lines += [f"| {label} | " + " | ".join(_cells(forward, grounds)) + " |" for label, forward in forwards.items()]
+    return "\n".join([*lines, ""])
+
+
+def _sculpt_row(label: str, result: SculptResult) -> str:
+    counts, closed = result.report["synthesis"], result.report["one_turn"]["all"]["gap_closed"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in counts["dropped"].items()) or "none"
+    gap = f"{closed['mean']:.1%} ({closed['low']:.1%} to {closed['high']:.1%})"
+    return (
+        f"| {label} | {counts['asked']} | {counts['answered']} | {counts['cut']} | {dropped} "
+        f"| {result.settings['loss']} | {gap} | {sum(result.seconds.values()):.0f} |"
+    )
+
+
+def _columns(taught: dict[str, Taught]) -> list[str]:
+    return [f"{OWN}: KL", *(f"{label}: NLL" for label in taught)]
+
+
+def _cells(forward: Forward, grounds: dict[str, HeldOut]) -> list[str]:
+    values = [grounds[OWN].divergence(forward).kl, *(ground.nll(forward) for ground in grounds.values())]
+    intervals = [mean_interval(one.double().numpy()) for one in values]
+    return [f"{one.mean:.3f} ({one.low:.3f} to {one.high:.3f})" for one in intervals]
+
+
+if __name__ == "__main__":
+    main()
