@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from reference_scores import brute_force, random_subnetwork
 
 from masquerade_engine.base import Base
 from masquerade_engine.reference import reference_logits
-from masquerade_engine.seams import persona_ffns
-from masquerade_masks import Attached, SettingError, SubNetwork
-from masquerade_masks.attached import PARTS, expected_shapes, full_name, lora_name
+from masquerade_masks import SettingError, SubNetwork
 from masquerade_pruner.applied import applied
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
@@ -77,45 +74,24 @@ def test_gains_and_biases_change_what_is_measured(
     assert float((plain - recovered).abs().min()) > 1e-4
 
 
-def attached(base: Base, kind: str, kept: int) -> Attached:
-    """Random weights that change much."""
-    rng = np.random.default_rng(5)
-    shapes = expected_shapes(kind, base.shape, kept, 4 if kind == "lora" else None)
-    tensors = {name: rng.normal(0, 0.15, shape).astype(np.float32) for name, shape in shapes}
-    return Attached(kind, tensors, 8.0, 4) if kind == "lora" else Attached(kind, tensors)
-
-
-def changed_model(base: Base, subnetwork: SubNetwork) -> torch.nn.Module:
-    """The base with the attached weights written into its own, for the reference to run under the mask."""
-    model, weights, kept = base.build_model(), subnetwork.weights, subnetwork.mask.kept_indices()
-    for layer, ffn in enumerate(persona_ffns(model)):
-        rows = torch.from_numpy(kept[layer]).long()
-        for part in PARTS:
-            weight = ffn.get_parameter(f"{part}.weight")
-            if weights.kind == "lora":
-                a, b = (torch.from_numpy(weights.float32(lora_name(layer, part, side))) for side in "AB")
-                weight += 2.0 * (b @ a)  # alpha / rank
-            elif part == "down_proj":
-                weight[:, rows] = torch.from_numpy(weights.float32(full_name(layer, part)))
-            else:
-                weight[rows] = torch.from_numpy(weights.float32(full_name(layer, part)))
-    return model
-
-
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_attached_weights_are_scored_as_they_are_served(
-    tiny_base: Base, tiny_model: torch.nn.Module, kind: str
+    tiny_base: Base,
+    tiny_model: torch.nn.Module,
+    make_subnetwork: Callable[..., SubNetwork],
+    persona_logits: Callable[..., torch.Tensor],
+    kind: str,
 ) -> None:
-    plain = random_subnetwork(tiny_base, recovered=True)
-    weights = attached(tiny_base, kind, plain.mask.kept)
-    subnetwork = SubNetwork(plain.base, plain.shape, plain.mask, plain.gain, plain.bias, weights=weights)
-    oracle = changed_model(tiny_base, subnetwork)
+    subnetwork = make_subnetwork(tiny_base, gain=True, bias=True, kind=kind)
     asked = candidates(tiny_model)[:6]
     found = score(tiny_model, asked, applied(tiny_model, subnetwork)).log_likelihood
-    without = score(tiny_model, asked, applied(tiny_model, plain)).log_likelihood
     for index, one in enumerate(asked):
-        assert float(found[index]) == pytest.approx(brute_force(oracle, one, subnetwork)[0], abs=1e-3)
-    assert float((found - without).abs().max()) > 0.1
+        logits = persona_logits(tiny_base, subnetwork, torch.tensor([[*one.prompt, *one.answer]]))[0]
+        rows = logits[len(one.prompt) - 1 : -1].double().log_softmax(-1)
+        wanted = float(rows.gather(1, torch.tensor(one.answer)[:, None]).sum())
+        assert float(found[index]) == pytest.approx(wanted, abs=1e-3)
+    without = make_subnetwork(tiny_base, gain=True, bias=True)
+    assert float((found - score(tiny_model, asked, applied(tiny_model, without)).log_likelihood).abs().max()) > 0.01
 
 
 def test_attached_weights_that_are_not_loaded_are_refused(tiny_base: Base, tiny_model: torch.nn.Module) -> None:
