@@ -1,39 +1,68 @@
-"""A stored sub-network as a change of the base that can be scored: its mask, gains and biases, as it is served."""
+"""A stored sub-network as a change of the base that can be scored: all that it holds, as it is served."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
-from masquerade_engine.seams import PersonaFFN
-from masquerade_masks import SettingError, SubNetwork
-from masquerade_pruner.tree import Forward, Tree, TreeContext, head_weight, run_tree
+from masquerade_masks import Attached, SettingError, SubNetwork
+from masquerade_masks.attached import PARTS, full_name, lora_name
+from masquerade_pruner.changes import Change
+from masquerade_pruner.tree import Forward, head_weight
+
+_SIDES: tuple[Literal["A", "B"], ...] = ("A", "B")
 
 
 def applied(model: torch.nn.Module, subnetwork: SubNetwork) -> Forward:
-    """The base under a sub-network. Raises `SettingError` for attached weights."""
-    refuse_attached(subnetwork)
-    device = head_weight(model).device
-    coefficients = torch.from_numpy(subnetwork.coefficients()).to(device)
-    biases = subnetwork.biases()
-    shifts = None if biases is None else torch.from_numpy(biases).to(device)
-    return lambda tree: run_tree(model, tree, _SubNetworkContext(tree, coefficients, shifts))
+    """The base under a sub-network: mask, gains, biases and attached weights.
+
+    Raises `SettingError` for attached weights that are not loaded.
+    """
+    refuse_unloaded(subnetwork)
+    head, weights = head_weight(model), subnetwork.weights
+    kept = torch.from_numpy(subnetwork.mask.kept_indices()).long()  # [layers, kept]
+    tensors = {
+        name: torch.from_numpy(array.astype("float32"))
+        for name, array in (("gain", subnetwork.gain), ("bias", subnetwork.bias))
+        if array is not None
+    }
+    if weights is not None:
+        stack = _stacked_lora if weights.kind == "lora" else _stacked_full
+        tensors |= {name: tensor.to(head.dtype) for name, tensor in stack(weights, kept).items()}
+    on_device = {name: tensor.to(head.device) for name, tensor in tensors.items()}
+    scale = weights.scale if weights is not None and weights.kind == "lora" else 1.0
+    return Change(model, kept.to(head.device), on_device, scale).forward
 
 
-def refuse_attached(subnetwork: SubNetwork) -> None:
-    """Raise `SettingError` for a sub-network that holds more than its mask, gains and biases."""
-    if subnetwork.attached:
-        raise SettingError("recovery", "a sub-network with attached weights (lora, full) cannot be evaluated yet")
+def refuse_unloaded(subnetwork: SubNetwork) -> None:
+    """Raise `SettingError` for a sub-network that names attached weights and does not hold them."""
+    if subnetwork.attached and subnetwork.weights is None:
+        raise SettingError(
+            "recovery",
+            f"this sub-network's {subnetwork.attached[0][0]} weights are not at hand; use its data directory",
+        )
 
 
-class _SubNetworkContext(TreeContext):
-    """Tree attention, and coefficients applied in fp32 as the engine does."""
+def _stacked_full(weights: Attached, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.weight": torch.stack([_tensor(weights, full_name(layer, part)) for layer in range(len(kept))])
+        for part in PARTS
+    }
 
-    def __init__(self, tree: Tree, coefficients: torch.Tensor, biases: torch.Tensor | None) -> None:
-        super().__init__(tree)
-        self._coefficients = coefficients  # [layers, intermediate] fp32
-        self._biases = biases  # [layers, hidden] fp32
 
-    def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
-        activations = module.activations(hidden).float() * self._coefficients[module.layer]
-        output: torch.Tensor = module.get_submodule("down_proj")(activations.to(hidden.dtype))
-        return output if self._biases is None else (output.float() + self._biases[module.layer]).to(output.dtype)
+def _stacked_lora(weights: Attached, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The factors over the kept neurons: those are in the rows of gate's and up's B, and the columns of down's A."""
+    stacked: dict[str, torch.Tensor] = {}
+    for part in PARTS:
+        down, up = ([_tensor(weights, lora_name(layer, part, side)) for layer in range(len(kept))] for side in _SIDES)
+        if part == "down_proj":
+            down = [one[:, neurons] for one, neurons in zip(down, kept, strict=True)]
+        else:
+            up = [one[neurons] for one, neurons in zip(up, kept, strict=True)]
+        stacked |= {f"{part}.lora_A": torch.stack(down), f"{part}.lora_B": torch.stack(up)}
+    return stacked
+
+
+def _tensor(weights: Attached, name: str) -> torch.Tensor:
+    return torch.from_numpy(weights.float32(name))

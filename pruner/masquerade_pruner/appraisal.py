@@ -137,8 +137,8 @@ def appraise(
 ) -> Appraisal:
     """Measure a published version.
 
-    Raises `BaseMismatch`, and `SettingError` for an unusable instruction set, attached weights, or
-    lm-evaluation-harness asked for and missing, all before anything is run.
+    Raises `BaseMismatch`, and `SettingError` for an unusable instruction set, attached weights
+    that are not at hand, or lm-evaluation-harness asked for and missing, all before anything is run.
     """
     if settings.lm_eval:
         lm_eval_tasks.require_lm_eval()
@@ -317,9 +317,9 @@ class _Appraiser:
             self.spoken += [_spoken(part, "dense", one), _spoken(part, "sculpted", other)]
         return evaluation.free_running(
             FreeRunning(
-                dense=[one for one, _, _ in pairs],
+                reference=[one for one, _, _ in pairs],
                 sculpted=ours,
-                dense_nll=torch.stack([own for _, _, own in pairs]),
+                reference_nll=torch.stack([own for _, _, own in pairs]),
                 sculpted_nll=HeldOut(self.pair.model, ours).dense_nll(),
             )
         )
@@ -373,7 +373,9 @@ class _Appraiser:
         """Another persona's sub-network, the nearest in size."""
         kept = self.subject.subnetwork.mask.kept
         others = [
-            (name, one) for name, one in (self.subject.others or {}).items() if one.base == self.pair.base.fingerprint
+            (name, one)
+            for name, one in (self.subject.others or {}).items()
+            if one.base == self.pair.base.fingerprint and (one.weights is not None or not one.attached)
         ]
         return min(others, key=lambda pair: (abs(pair[1].mask.kept - kept), pair[0]), default=None)
 

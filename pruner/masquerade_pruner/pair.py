@@ -14,7 +14,7 @@ from masquerade_engine.engine import Engine
 from masquerade_engine.requests import PersonaFunction
 from masquerade_engine.settings import EngineSettings
 from masquerade_masks import BaseMismatch, SubNetwork
-from masquerade_pruner.applied import applied, refuse_attached
+from masquerade_pruner.applied import applied, refuse_unloaded
 from masquerade_pruner.examples import Example
 from masquerade_pruner.synthesis import Planned, answer
 from masquerade_pruner.teacher import SelfTeacher
@@ -24,12 +24,12 @@ STREAMS = 64  # answers spoken at once, as in a sculpt
 
 
 class PersonaPair:
-    """Both models of one persona; a context manager. Raises `BaseMismatch`, and `SettingError` for attached weights."""
+    """Both models of one persona; a context manager. Raises `BaseMismatch`, and `SettingError` as `applied` does."""
 
     def __init__(self, base: Base, subnetwork: SubNetwork, system_prompt: str) -> None:
         if subnetwork.base != base.fingerprint:
             raise BaseMismatch(base.fingerprint, subnetwork.base)
-        refuse_attached(subnetwork)
+        refuse_unloaded(subnetwork)
         self.base = base
         self.subnetwork = subnetwork
         self.system_prompt = system_prompt

@@ -1,4 +1,4 @@
-"""A tiny base with its model, sub-networks and examples of one persona on it; makes `tiny_gguf` importable."""
+"""A tiny base with its model, sub-networks and examples of one persona on it; makes helpers here importable."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from masquerade_engine.seams import persona_ffns
 from masquerade_masks import Attached, Mask, SubNetwork, round_kept
 from masquerade_masks.attached import PARTS, full_name, lora_name
 from masquerade_pruner.examples import Example
-
-sys.path.insert(0, str(Path(__file__).parent))  # test folders are no packages
 
 
 @pytest.fixture(scope="session")

@@ -74,8 +74,28 @@ def test_gains_and_biases_change_what_is_measured(
     assert float((plain - recovered).abs().min()) > 1e-4
 
 
-def test_attached_weights_are_refused_with_a_sentence(tiny_base: Base, tiny_model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_attached_weights_are_scored_as_they_are_served(
+    tiny_base: Base,
+    tiny_model: torch.nn.Module,
+    make_subnetwork: Callable[..., SubNetwork],
+    persona_logits: Callable[..., torch.Tensor],
+    kind: str,
+) -> None:
+    subnetwork = make_subnetwork(tiny_base, gain=True, bias=True, kind=kind)
+    asked = candidates(tiny_model)[:6]
+    found = score(tiny_model, asked, applied(tiny_model, subnetwork)).log_likelihood
+    for index, one in enumerate(asked):
+        logits = persona_logits(tiny_base, subnetwork, torch.tensor([[*one.prompt, *one.answer]]))[0]
+        rows = logits[len(one.prompt) - 1 : -1].double().log_softmax(-1)
+        wanted = float(rows.gather(1, torch.tensor(one.answer)[:, None]).sum())
+        assert float(found[index]) == pytest.approx(wanted, abs=1e-3)
+    without = make_subnetwork(tiny_base, gain=True, bias=True)
+    assert float((found - score(tiny_model, asked, applied(tiny_model, without)).log_likelihood).abs().max()) > 0.01
+
+
+def test_attached_weights_that_are_not_loaded_are_refused(tiny_base: Base, tiny_model: torch.nn.Module) -> None:
     plain = random_subnetwork(tiny_base, recovered=False)
-    attached = SubNetwork(plain.base, plain.shape, plain.mask, attached=(("lora", "0" * 64),))
-    with pytest.raises(SettingError, match="attached weights"):
-        applied(tiny_model, attached)
+    named = SubNetwork(plain.base, plain.shape, plain.mask, attached=(("lora", "0" * 64),))
+    with pytest.raises(SettingError, match="lora weights are not at hand"):
+        applied(tiny_model, named)

@@ -278,7 +278,7 @@ def _qualities(found: Published, report: Mapping[str, Any]) -> list[Any]:
     qualities = []
     for number, one in sorted(known.items()):
         figures = one.get("one_turn", {}).get("all")
-        if figures is not None:
+        if figures is not None and "kl" in figures:  # a remote teacher's pupil has NLL in its place
             rival = figures["baseline_kl"][one["strongest_baseline"]]["mean"]
             sparsity = 1 - one["kept"] / one["intermediate_size"]
             qualities.append(VersionQuality(number, sparsity, figures["kl"], rival))
