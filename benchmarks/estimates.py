@@ -75,8 +75,9 @@ def main() -> None:
     if "shapes" in options.tables:
         sections.append(_shapes_section())
     if "bundled" in options.tables:
-        ways = [Execution(), Execution("on"), Execution("on", 2)]
-        runs = [_run({"base": None, "device": options.device}, way) for way in ways]
+        bundled = {"base": None, "device": options.device}
+        runs = [_run(bundled, way) for way in (Execution(), Execution("on"), Execution("on", 2))]
+        runs += [_run(bundled | {"recovery": kind}, Execution()) for kind in ("lora", "full")]
         sections.append(_runs_section("The bundled model", runs))
     if "random" in options.tables:
         with tempfile.TemporaryDirectory(prefix="masquerade-estimates-") as folder:
@@ -165,7 +166,12 @@ def _run(asked: dict[str, Any], execution: Execution) -> dict[str, Any]:
 
 
 def measure(
-    base: str | None, device: str, checkpointing: str, micro_batch: int | None, answer_tokens: int | None = None
+    base: str | None,
+    device: str,
+    checkpointing: str,
+    micro_batch: int | None,
+    answer_tokens: int | None = None,
+    recovery: str = "none",
 ) -> dict[str, Any]:
     """In a process of its own: sculpt, and note the peak of each stage."""
     torch.set_num_threads(available_cores())
@@ -175,14 +181,14 @@ def measure(
     watch = PeakWatch(loaded)
     with tempfile.TemporaryDirectory(prefix="masquerade-estimates-") as folder:
         questions = None if base is None else _few_questions(Path(folder))
-        spec = SculptSpec("tester", "Tester", TEXT, preset="smoke", instructions=questions)
+        spec = SculptSpec("tester", "Tester", TEXT, preset="smoke", recovery=recovery, instructions=questions)  # type: ignore[arg-type]
         execution = Execution(checkpointing, micro_batch)  # type: ignore[arg-type]
         expected = estimate(spec, loaded, execution)
         cache = CACHE_DIR if base is None else Path(folder) / "cache"
         sculpt(spec, loaded, Path(folder) / "work", cache_dir=cache, execution=execution, progress=watch.progress)
     return {
         "base": loaded.name,
-        "plan": expected["plan"]["summary"].split(";")[0],
+        "plan": expected["plan"]["summary"].split(";")[0] + ("" if recovery == "none" else f", recovery {recovery}"),
         "estimate": expected["plan"]["stage_bytes"],
         "peaks": watch.ended(),
     }

@@ -51,9 +51,9 @@ class Change:
         kept = mask.nonzero()[:, 1].view(mask.shape[0], -1)
         return cls(model, kept.to(persona_ffns(model)[0].get_parameter("down_proj.weight").device))
 
-    def forward(self, tree: Tree) -> torch.Tensor:
-        """The final normed hidden states of every token, `[num_tokens, hidden]`."""
-        return run_tree(self.model, tree, _ChangedContext(tree, self))
+    def forward(self, tree: Tree, *, checkpointing: bool = False) -> torch.Tensor:
+        """The final normed hidden states of every token, `[num_tokens, hidden]`; `checkpointing` as in `run_tree`."""
+        return run_tree(self.model, tree, _ChangedContext(tree, self), checkpointing=checkpointing)
 
 
 class _ChangedContext(TreeContext):

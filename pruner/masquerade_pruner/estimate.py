@@ -114,7 +114,8 @@ def describe(spec: SculptSpec, base: Base, settings: SculptSettings, instruction
         num_held_out=held_out,
     )
     shape = Shape.of(base.config, base.dtype.itemsize, cuda=base.device.type == "cuda")
-    return Job(shape, work, round_kept(shape.intermediate, spec.sparsity), spec.recovery)
+    kept = round_kept(shape.intermediate, spec.sparsity)
+    return Job(shape, work, kept, spec.recovery, settings.recovery.lora_rank)
 
 
 def speed_of(base: Base) -> Speed:

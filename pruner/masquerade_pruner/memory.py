@@ -107,36 +107,47 @@ class Workload:
 
 
 @dataclass(frozen=True, slots=True)
-class Recovery:
-    """What recovery trains beside the frozen base."""
+class Training:
+    """What is trained beside the frozen base, and what autograd keeps of an FFN for it."""
 
     parameters: int
-    kept_activations: int  # values that autograd keeps in addition, a token and layer
+    token_bytes: int  # of an FFN, a token
+    layer_bytes: int  # of an FFN, whatever the tokens: weights that were gathered for the pass
 
 
-def recovery_of(kind: str, shape: Shape, kept: int, rank: int = 16) -> Recovery:
-    """`none`, `vectors` (a gain a kept neuron, a bias a layer output), `lora` (of gate, up and down), `full`."""
-    layers, hidden, width = shape.num_layers, shape.hidden, shape.intermediate
-    ffn_inputs = hidden + width  # trained linears keep what they read
+def mask_training(shape: Shape) -> Training:
+    """Learning a mask: gate, silu of it, up, and their product."""
+    return Training(shape.neurons, 4 * shape.intermediate * shape.item, 0)
+
+
+def recovery_training(kind: str, shape: Shape, kept: int, rank: int) -> Training:
+    """`vectors` (gains and biases), `lora` (of gate, up and down, with vectors) or `full`; kept neurons alone run."""
+    layers, hidden, item = shape.num_layers, shape.hidden, shape.item
+    ffn, inputs = 4 * kept * item, (hidden + kept) * item  # a trained linear keeps what it reads
+    gathered = 3 * hidden * kept * item
+    vectors = layers * (kept + hidden)
     if kind == "vectors":
-        return Recovery(layers * (kept + hidden), width)
+        return Training(vectors, ffn + 4 * kept, gathered)
     if kind == "lora":
-        return Recovery(layers * 3 * rank * (hidden + width), ffn_inputs + 3 * rank)
-    if kind == "full":
-        return Recovery(layers * 3 * hidden * kept, ffn_inputs)
-    return Recovery(0, 0)
+        low_rank = layers * 3 * rank * (hidden + kept)
+        return Training(vectors + low_rank, ffn + 4 * kept + inputs + 3 * rank * item, gathered)
+    return Training(layers * 3 * hidden * kept, ffn + inputs, gathered)
 
 
-def learner_state(shape: Shape, recovery: Recovery) -> int:
-    """Scores or what recovery trains, each with gradient and two moments in fp32, and two best copies."""
-    return 4 * (4 + 2) * max(shape.neurons, recovery.parameters)
+def learner_state(training: Training) -> int:
+    """What is trained in fp32 with its gradient and two moments; the present and the best as they are stored."""
+    return (16 + 8) * training.parameters
 
 
-def block_saved(shape: Shape, tokens: int, prompt: int, branches: int, recovery: Recovery) -> int:
+def checkpoint_bytes(training: Training) -> int:
+    """Bytes of the machine's memory while a checkpoint is written, which copies it: masters, moments and the best."""
+    return (12 + 2) * training.parameters
+
+
+def block_saved(shape: Shape, tokens: int, prompt: int, branches: int, training: Training) -> int:
     """Bytes that autograd keeps of one decoder block, for a tree of `tokens` in `branches` around a prompt."""
     own = 1.2 * (tokens - prompt) / branches  # padded to the longest of a group
     heads, kv_heads, item = shape.num_heads, shape.num_kv_heads, shape.item
-    ffn = 4 * shape.intermediate * item * tokens  # gate, silu of it, up, their product
     norms = 8 * shape.hidden * tokens  # two fp32 copies of the stream
     if shape.head_norms:
         norms += 8 * shape.head_dim * (heads + kv_heads) * tokens
@@ -150,7 +161,7 @@ def block_saved(shape: Shape, tokens: int, prompt: int, branches: int, recovery:
             + 2 * kv_heads * branches * (prompt + own)  # what each branch sees
         )
     )
-    return int(ffn + norms + attention + recovery.kept_activations * item * tokens)
+    return int(training.token_bytes * tokens + training.layer_bytes + norms + attention)
 
 
 def attention_bias(shape: Shape, tokens: int, prompt: int, branches: int) -> int:
@@ -173,13 +184,13 @@ def head_chunk(shape: Shape, rows: int) -> int:
     return copies * chunk + packed_head
 
 
-def learning(shape: Shape, work: Workload, branches: int, *, checkpointing: bool, recovery: Recovery) -> int:
+def learning(shape: Shape, work: Workload, branches: int, *, checkpointing: bool, training: Training) -> int:
     """Peak bytes of a step beyond the weights and the learner's state, with so many branches a pass."""
     tokens = work.prompt + work.branch_tokens(branches)
-    block = block_saved(shape, tokens, work.prompt, branches, recovery)
+    block = block_saved(shape, tokens, work.prompt, branches, training)
     stream = shape.num_layers * tokens * shape.hidden * shape.item
-    # Of the first block only the mask needs a gradient: nothing before it does.
-    first = tokens * shape.intermediate * shape.item
+    # Of the first block little needs a gradient: nothing before its FFN is trained.
+    first = training.layer_bytes + tokens * training.token_bytes // 4
     saved = stream if checkpointing else (shape.num_layers - 1) * block + first
     backward = (block if checkpointing else 0) + 5 * tokens * shape.intermediate * shape.item
     rows = branches * work.answer
@@ -241,6 +252,6 @@ def fragments(shape: Shape) -> float:
     return _CUDA_FRAGMENTS if shape.cuda else 1.0
 
 
-def host_bytes(shape: Shape, work: Workload) -> int:
-    """Bytes of the machine's memory beside a GPU."""
-    return _CUDA_PROCESS_BYTES + unit_vectors(shape, work)
+def host_bytes(shape: Shape, work: Workload, training: Training | None) -> int:
+    """Bytes of the machine's memory beside a GPU; `training` is recovery's."""
+    return _CUDA_PROCESS_BYTES + max(unit_vectors(shape, work), checkpoint_bytes(training) if training else 0)

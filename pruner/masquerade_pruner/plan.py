@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from masquerade_engine.device_memory import DeviceMemory
 from masquerade_masks import InsufficientMemory, SettingError
 from masquerade_pruner import memory
-from masquerade_pruner.memory import Recovery, Shape, Workload
+from masquerade_pruner.memory import Shape, Training, Workload
 
 Checkpointing = Literal["auto", "on", "off"]
 CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
@@ -84,27 +84,36 @@ class Job:
     work: Workload
     kept: int  # neurons a layer
     recovery: str = "none"
+    lora_rank: int = 16
+
+    @property
+    def recovering(self) -> Training | None:
+        """What recovery trains, where there is any."""
+        if self.recovery == "none":
+            return None
+        return memory.recovery_training(self.recovery, self.shape, self.kept, self.lora_rank)
 
     def stages(
         self, branches: int, *, checkpointing: bool, streams: int, slot_tokens: int, keeps_learner: bool
     ) -> dict[str, int]:
         """Peak bytes of each stage on the device."""
         shape, work = self.shape, self.work
-        trained = memory.recovery_of(self.recovery, shape, self.kept)
         process = memory.process_bytes(shape, engine=True)
         learner = shape.weights if keeps_learner else 0
         engine = memory.answering(shape, work, streams, streams * slot_tokens)
-        learned = memory.learner_state(shape, trained) + memory.held_out(shape, work)
-        untrained = Recovery(0, 0)
-        steps = [
-            memory.learning(shape, work, branches, checkpointing=checkpointing, recovery=one)
-            for one in (untrained, trained)
-        ]
+        beside = process + shape.weights + memory.held_out(shape, work)
+
+        def training(one: Training) -> int:
+            step = memory.learning(shape, work, branches, checkpointing=checkpointing, training=one)
+            written = 0 if shape.cuda else memory.checkpoint_bytes(one)
+            return beside + memory.learner_state(one) + max(step, written)
+
         units = 0 if shape.cuda else memory.unit_vectors(shape, work)
         peaks = {
             "select": memory.process_bytes(shape, engine=False) + shape.weights + memory.scoring(shape, work) + units,
             "answer": process + learner + engine,
-            "learn": process + shape.weights + learned + max(steps),
+            "learn": training(memory.mask_training(shape)),
+            **({"recover": training(self.recovering)} if self.recovering else {}),
             "evaluate": process
             + max(
                 shape.weights + memory.held_out(shape, work),
@@ -122,7 +131,7 @@ def make_plan(
     Raises `InsufficientMemory` with what the smallest plan that was allowed would need.
     """
     free = available.free
-    if host is not None and (needed := memory.host_bytes(job.shape, job.work)) > host.free:
+    if host is not None and (needed := memory.host_bytes(job.shape, job.work, job.recovering)) > host.free:
         raise InsufficientMemory("the machine beside the GPU", needed, host.free, "free some of its memory")
     smallest: Plan | None = None
     for plan in _from_fast_to_small(job, execution, free, device, dtype):

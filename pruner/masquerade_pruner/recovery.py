@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from masquerade_engine.seams import persona_ffns
 from masquerade_pruner.changes import Change, full_tensors, kept_weights, lora_tensors
 from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.examples import Example
-from masquerade_pruner.mask_learning import Loss, answer_loss, plant_examples, warm_cosine
+from masquerade_pruner.mask_learning import Loss, answer_loss, plant_examples, plant_micro_batches, warm_cosine
 from masquerade_pruner.tree import ActivationWatch, Forward, TreeContext, head_weight, run_tree
 from masquerade_pruner.workdir import Workdir
 
@@ -91,6 +92,8 @@ def recover(
     *,
     loss: Loss = "kl",
     seed: int = 0,
+    micro_batch: int | None = None,
+    checkpointing: bool = False,
     workdir: Workdir | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Recovered:
@@ -100,23 +103,24 @@ def recover(
     history's `validation`), else at 0: a mask that was learned without biases can be worse with them.
 
     With a `workdir` it goes on from the last checkpoint there and ends the same, bit for bit; `on_step` gets the steps
-    done and the last one's loss, and may raise to stop.
+    done and the last one's loss, and may raise to stop. `micro_batch` and `checkpointing` are `MaskLearner`'s.
     """
     bare = replace(Change.of_mask(model, mask), lora_scale=settings.lora_alpha / settings.lora_rank)
     if kind == "none":
         return Recovered("none", bare, {})
     saved = None if workdir is None else workdir.read_tensors(_CHECKPOINT)
+    run = partial(Recoverer, settings=settings, loss=loss, micro_batch=micro_batch, checkpointing=checkpointing)
     if saved is None:
         start = _start(kind, bare, settings, seed)
         search = _Search(bare, validation(bare.forward))
         if "bias" in start.tensors:
             means = dropped_means(bare, train[: settings.num_means])
             helped = replace(start, tensors={**start.tensors, "bias": means})
-            if search.consider(0, Recoverer(helped, settings).change(), validation):
+            if search.consider(0, run(helped).change(), validation):
                 start = helped
-        learner = Recoverer(start, settings, loss)
+        learner = run(start)
     else:
-        learner = Recoverer(replace(bare, tensors=_section(saved, "parameter", bare.kept.device)), settings, loss)
+        learner = run(replace(bare, tensors=_section(saved, "parameter", bare.kept.device)))
         learner.restore(saved)
         search = _Search.restored(bare, saved)
     order = Epochs(train, settings.branches_per_step, f"recover {seed}")
@@ -134,7 +138,15 @@ def recover(
 class Recoverer:
     """A change's tensors as fp32 masters, their optimiser and one training step; state is saved and restored whole."""
 
-    def __init__(self, start: Change, settings: RecoverySettings, loss: Loss = "kl") -> None:
+    def __init__(
+        self,
+        start: Change,
+        settings: RecoverySettings,
+        loss: Loss = "kl",
+        *,
+        micro_batch: int | None = None,
+        checkpointing: bool = False,
+    ) -> None:
         self._parameters = {
             name: tensor.detach().to(torch.float32, copy=True).requires_grad_()
             for name, tensor in start.tensors.items()
@@ -143,6 +155,8 @@ class Recoverer:
         self._rates = [_learning_rate(name, settings) for name in self._parameters]
         self._steps = settings.steps
         self._loss = loss
+        self._micro_batch = micro_batch
+        self._checkpointing = checkpointing
         # No weight decay: gains belong near 1, own weights near the base's, and a few dozen steps overfit little.
         groups = [{"params": [parameter]} for parameter in self._parameters.values()]
         self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -160,16 +174,18 @@ class Recoverer:
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""
         model = self._trained.model
-        planted = plant_examples(examples, model)
-        states = self._trained.forward(planted.tree)[planted.rows]
-        loss = answer_loss(model, planted, states, self._loss)
         self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
+        total = 0.0
+        for planted in plant_micro_batches(examples, model, self._micro_batch):
+            states = self._trained.forward(planted.tree, checkpointing=self._checkpointing)[planted.rows]
+            loss = answer_loss(model, planted, states, self._loss)
+            torch.autograd.backward(loss)
+            total += float(loss.detach())
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * warm_cosine(self.step_number, self._steps)
         self._optimizer.step()
         self.step_number += 1
-        return float(loss.detach())
+        return total
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything a resumed learner needs, as tensors."""

@@ -196,9 +196,14 @@ class _Sculptor:
             give_memory_back(self.base.device)
 
     def release_model(self) -> None:
-        """Give the learner's weights back; who needs them next loads them again."""
-        self.__dict__.pop("model", None)
-        give_memory_back(self.base.device)
+        """Give the learner's weights back; who needs them next loads them again.
+
+        Whoever still holds the model, as a recovered change does, holds a shell of it.
+        """
+        model = self.__dict__.pop("model", None)
+        if model is not None:
+            model.to("meta")
+            give_memory_back(self.base.device)
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -506,6 +511,8 @@ class _Sculptor:
                 settings,
                 loss=self.settings.loss,
                 seed=self.spec.seed,
+                micro_batch=self.plan.micro_batch,
+                checkpointing=self.plan.checkpointing,
                 workdir=self.recovering,
                 on_step=lambda step, loss: self.reporter.at(
                     step, settings.steps, loss=loss, message=f"recovering with {self.spec.recovery}"

@@ -238,8 +238,8 @@ class ActivationWatch:
         self.num_tokens = 0
 
     def see(self, layer: int, activations: torch.Tensor) -> None:
-        self.sums[layer] += activations.detach().sum(dim=(0, 1), dtype=torch.float32)
-        self.squares[layer] += activations.detach().float().square().sum(dim=(0, 1))
+        self.sums[layer] += activations.detach().sum(dim=(0, 1), dtype=torch.float32).to(self.sums.device)
+        self.squares[layer] += activations.detach().float().square().sum(dim=(0, 1)).to(self.sums.device)
         self.num_tokens += activations.shape[1] if layer == 0 else 0
 
 

@@ -30,7 +30,7 @@ _FRESH_S = 60.0  # free memory changes
 _TEXT_STEP = 1024  # bytes of text that make another kind: prompts of like length take like memory
 _UNKNOWN: Json = {"seconds": None, "memory_bytes": None}
 # A bound for `need_not_ask`: what a sculpt of any preset takes is well under it.
-_PLENTY_BYTES, _PLENTY_WEIGHTS, _PLENTY_STREAMS, _PLENTY_TOKENS = 4 * 1024**3, 10, 64, 1024
+_PLENTY_BYTES, _PLENTY_WEIGHTS, _PLENTY_STREAMS, _PLENTY_TOKENS = 4 * 1024**3, 24, 64, 1024
 
 
 class Estimator:

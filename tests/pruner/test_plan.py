@@ -134,15 +134,21 @@ def test_the_machine_beside_a_gpu_has_to_hold_its_part() -> None:
         make_plan(JOB_8B, Execution(), PLENTY, DeviceMemory(GB, GB), device="cuda", dtype="bfloat16")
 
 
-@pytest.mark.parametrize(("smaller", "larger"), [("none", "lora"), ("vectors", "full"), ("lora", "full")])
-def test_recovery_is_reckoned_with(smaller: str, larger: str) -> None:
-    peaks = [
-        replace(JOB_8B, recovery=kind).stages(2, checkpointing=True, streams=8, slot_tokens=1000, keeps_learner=False)[
-            "learn"
-        ]
-        for kind in (smaller, larger)
-    ]
-    assert peaks[0] <= peaks[1]
+def test_recovery_is_reckoned_with() -> None:
+    def stages(kind: str) -> dict[str, int]:
+        job = replace(JOB_8B, recovery=kind)
+        return job.stages(2, checkpointing=True, streams=8, slot_tokens=1000, keeps_learner=False)
+
+    assert "recover" not in stages("none")
+    vectors, lora, full = (stages(kind)["recover"] for kind in ("vectors", "lora", "full"))
+    assert vectors < lora < full
+    weights = 32 * 3 * 4096 * 10752
+    assert full > 16 * GB + 16 * weights  # fp32 masters, gradients, two moments
+
+
+def test_own_weights_of_eight_billion_are_refused_on_80_gb() -> None:
+    with pytest.raises(InsufficientMemory, match="most in the recover stage"):
+        plan(replace(JOB_8B, recovery="full"), 79)
 
 
 def test_each_saving_saves() -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,15 @@ from masquerade_pruner.changes import Change
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.mask_learning import top_k_mask
-from masquerade_pruner.recovery import Recovered, Recoverer, Recovery, RecoverySettings, dropped_means, recover
+from masquerade_pruner.recovery import (
+    Recovered,
+    Recoverer,
+    Recovery,
+    RecoverySettings,
+    _start,
+    dropped_means,
+    recover,
+)
 from masquerade_pruner.tree import Forward
 from masquerade_pruner.workdir import Workdir
 
@@ -210,6 +219,27 @@ def test_a_restored_learner_goes_on_bit_for_bit(
         second.step(examples)
     for name, tensor in whole.state().items():
         assert torch.equal(second.state()[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_to_run_a_step_gives_its_gradients(
+    tiny_model: torch.nn.Module, make_examples: MakeExamples, mask: torch.Tensor, kind: Recovery
+) -> None:
+    examples = make_examples(5)
+    start = _start(kind, Change.of_mask(tiny_model, mask), examples, SETTINGS, seed=0)
+
+    def gradients(**ways: Any) -> tuple[float, dict[str, torch.Tensor]]:
+        learner = Recoverer(start, SETTINGS, **ways)
+        loss = learner.step(examples)
+        return loss, {name: one.grad for name, one in learner._parameters.items() if one.grad is not None}
+
+    whole_loss, whole = gradients()
+    assert set(whole) == set(start.tensors)
+    for ways in ({"checkpointing": True}, {"micro_batch": 2}, {"micro_batch": 1, "checkpointing": True}):
+        loss, found = gradients(**ways)
+        assert loss == pytest.approx(whole_loss, rel=1e-5)
+        for name, one in whole.items():
+            torch.testing.assert_close(found[name], one, atol=1e-5 * float(one.abs().max()) + 1e-9, rtol=1e-4)
 
 
 def test_biases_start_at_the_dropped_neurons_mean_contribution(
