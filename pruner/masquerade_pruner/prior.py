@@ -118,12 +118,16 @@ def learn_prior(
     scores: dict[int, torch.Tensor] = {}
     for kept in numbers:
         scores[kept] = learning.learn(kept, examples, start=next(reversed(scores.values()), None))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_suffix(".part")
-    metadata = {"format": FORMAT, "base": base.fingerprint, "settings": json.dumps(asdict(settings))}
-    save_file({str(kept): one.half() for kept, one in scores.items()}, scratch, metadata)
-    scratch.replace(out)
+        _write(out, base, settings, scores)
     return _read(out, base)
+
+
+def _write(path: Path, base: Base, settings: PriorSettings, scores: Mapping[int, torch.Tensor]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    metadata = {"format": FORMAT, "base": base.fingerprint, "settings": json.dumps(asdict(settings))}
+    save_file({str(kept): one.half().contiguous() for kept, one in scores.items()}, scratch, metadata)
+    scratch.replace(path)
 
 
 def _read(path: Path, base: Base) -> Prior:
