@@ -99,7 +99,7 @@ def sculpt(
         text=persona_text,
         sparsity=sparsity,
         preset=preset,
-        recovery=recovery,
+        recovery=cast("Recovered", recovery),
         seed=seed,
         teacher=teacher,
         instructions=instructions,
