@@ -24,6 +24,7 @@ from masquerade_masks import SettingError, SubNetwork, utc_now
 from masquerade_pruner import conversations, discrimination, evaluation, lm_eval_tasks, multiple_choice, synthesis
 from masquerade_pruner.applied import applied
 from masquerade_pruner.bootstrap import mean_interval
+from masquerade_pruner.discrimination import Contest
 from masquerade_pruner.evaluation import FreeRunning
 from masquerade_pruner.examples import Example, read_examples
 from masquerade_pruner.held_out import Divergence, HeldOut
@@ -343,7 +344,7 @@ class _Appraiser:
         )
         return report | {"swapped_mask_of": None if swapped is None else swapped[0]}
 
-    def _contests(self) -> list[discrimination.Contest]:
+    def _contests(self) -> list[Contest]:
         settings = self.settings
         planned = spread(self._test_plan, settings.num_discrimination)
         own = {one.id: one for one in self._dense("discrimination", planned)}
