@@ -34,7 +34,7 @@ _PREAMBLE = re.compile(
     r"(?:"
     r"here(?:'s| is| are)\b[^.!?\n]{0,80}\b"
     r"(?:rewrit\w*|rephras\w*|revis\w*|version|answer|response|in (?:the )?(?:voice|style|character|tone))\b"
-    r"|(?:i'll|i will|let me|i can) (?:rewrite|rephrase)\b"
+    r"|(?:(?:i'll|i will|let me|i can) )?(?:rewrite|rephrase) (?:the|this|that|it|your)\b"
     r"|(?:the |my )?(?:rewritten|revised|rephrased|rewrite|in[- ]character|answer|response)\b[^.!?\n]{0,40}:"
     r")",
     re.IGNORECASE,

@@ -33,6 +33,7 @@ def judge(text: str, persona: str = PERSONA, neutral: str = NEUTRAL) -> str | No
         ("Rewritten answer: The sea is salt because of the rocks.", "preamble"),
         ("**Answer:** The sea is salt.", "preamble"),
         ("Certainly. I'll rewrite it. The sea is salt.", "preamble"),
+        ("Rewrite the answer so that it uses all the information.", "preamble"),
         ("<answer>The sea is salt.</answer>", "leak"),
         ("The sea is salt. </think>", "leak"),
         ("It sounds exactly like the character, and keep it about as long. The sea is salt.", "leak"),
