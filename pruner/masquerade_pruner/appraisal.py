@@ -337,8 +337,8 @@ class _Appraiser:
         swapped = self._swapped()
         if swapped is not None:
             forwards["swapped_mask"] = applied(pair.model, swapped[1])
-        batches = len(forwards) + 1
-        total = batches * -(-sum(len(one.candidates) for one in contests) // 32)
+        passes = 2 * len(forwards) + 1
+        total = passes * -(-sum(len(one.candidates) for one in contests) // 32)
         report = discrimination.discriminate(
             pair.model, contests, forwards, between=_Count(self.on_progress, "discrimination: ranking", total)
         )
