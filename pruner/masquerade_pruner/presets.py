@@ -16,10 +16,10 @@ Start = Literal["prior", "importance"]
 
 MAX_SPARSITY = 0.9
 MAX_TEXT_BYTES = 16_384
-# The settings that no answer depends on: masks that differ in these alone are learned from the same answers.
+# Settings that no answer depends on: masks that differ in these alone are learned from the same answers.
 OF_LEARNING = frozenset(
-    {"learning_rate", "loss", "start", "question_share", "cast_pull", "num_importance", "validate_every"}
-    | {"num_free_running", "recovery"}
+    {"sparsity", "preset", "learning_rate", "loss", "start", "question_share", "cast_pull", "num_importance"}
+    | {"validate_every", "num_free_running", "recovery"}
 )
 RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 TEACHERS = ("base", "remote")

@@ -149,7 +149,7 @@ class _Sculptor:
             identity["teacher_sha256"] = self.remote.digest
         # A mask does not depend on the recovery after it, nor answers on how a mask is learned from them.
         of_mask = {key: value for key, value in self.metadata.items() if key != "recovery"}
-        of_answers = {key: value for key, value in of_mask.items() if key not in OF_LEARNING | {"sparsity"}}
+        of_answers = {key: value for key, value in of_mask.items() if key not in OF_LEARNING}
         self.answers = Workdir(directories[0], {**identity, **of_answers})
         self.learning = Workdir(directories[1], {**identity, **of_mask})
         self.recovering = Workdir(directories[2], {**identity, **self.metadata})

@@ -57,7 +57,7 @@ def _result(base: Base, folder: Path, persona: str) -> SculptResult:
         write_examples(folder / f"{name}.jsonl", examples)
     mask = torch.rand(3, 96, generator=torch.Generator().manual_seed(0)).argsort(dim=1) < 64
     subnetwork = SubNetwork(base.fingerprint, base.shape, Mask.from_dense(mask.numpy()))
-    return SculptResult(subnetwork, {}, system_prompt, "", {}, folder / "examples.jsonl", {})
+    return SculptResult(subnetwork, "none", {}, system_prompt, "", {}, folder / "examples.jsonl", {})
 
 
 @pytest.fixture
