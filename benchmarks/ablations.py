@@ -15,7 +15,6 @@ learns: an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import math
 import sys
 import tempfile
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 from estimators import Estimator, EstimatorLearner
 from machine import machine
-from sculpts import material, personas, sculpted
+from sculpts import material, personas, prior_digest, sculpted
 from tables import header, percent, row
 
 from masquerade_engine.base import BUNDLED, Base, load_base
@@ -48,7 +47,7 @@ from masquerade_pruner.importance import activation_importance, averaged_ranks, 
 from masquerade_pruner.instructions import Instruction, load_instructions
 from masquerade_pruner.mask_learning import Loss
 from masquerade_pruner.presets import PRESETS
-from masquerade_pruner.prior import Prior, prior_of
+from masquerade_pruner.prior import prior_of
 from masquerade_pruner.sensitivity import persona_units
 from masquerade_pruner.synthesis import answer, plan_training
 from masquerade_pruner.teacher import SelfTeacher
@@ -98,7 +97,7 @@ class Run:
         self.steps = steps
         self.prior = prior_of(base, cache_dir)
         self.questions = load_instructions()
-        self.identity = {"base": base.fingerprint, "preset": preset, "steps": steps, "prior": _digest(self.prior)}
+        self.identity = {"base": base.fingerprint, "preset": preset, "steps": steps, "prior": prior_digest(self.prior)}
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -404,12 +403,6 @@ class Study:
 
 
 STUDIES = ("loss", "start", "estimator", "annealing", "amount", "voice", "whose", "seeds", "similarity")
-
-
-def _digest(prior: Prior | None) -> str | None:
-    if prior is None:
-        return None
-    return hashlib.sha256(b"".join(prior.scores[kept].numpy().tobytes() for kept in sorted(prior.scores))).hexdigest()
 
 
 def jaccard(one: torch.Tensor, other: torch.Tensor) -> float:

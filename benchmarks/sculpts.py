@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
@@ -13,8 +14,10 @@ from pathlib import Path
 import torch
 
 from masquerade_engine.base import Base
+from masquerade_masks import Mask
 from masquerade_pruner import Progress, SculptResult, SculptSpec, sculpt
 from masquerade_pruner.examples import Example, read_examples
+from masquerade_pruner.prior import Prior
 
 Personas = list[tuple[str, str, str]]  # id, name, text
 
@@ -40,18 +43,25 @@ def _from_file(file: Path) -> tuple[str, str, str]:
     return file.stem, file.stem.replace("-", " ").title(), file.read_text("utf-8").strip()
 
 
-def sculpted(spec: SculptSpec, base: Base, workdir: Path) -> SculptResult:
-    """The persona's sculpt, from its checkpoints as far as there are some; sizes of one persona share their answers."""
+def sculpted(
+    spec: SculptSpec, base: Base, workdir: Path, *, name: str | None = None, cast: Sequence[Mask] = ()
+) -> SculptResult:
+    """The persona's sculpt, from its checkpoints as far as there are some; all of one persona share their answers.
+
+    Those that differ in more than their sparsity have a `name` each.
+    """
     began = time.monotonic()
+    folder = name or f"{spec.persona_id}-{spec.sparsity}"
     result = sculpt(
         spec,
         base,
-        workdir / f"{spec.persona_id}-{spec.sparsity}",
+        workdir / folder,
         answers_dir=workdir / f"{spec.persona_id}-answers",
         cache_dir=workdir / "cache",
-        progress=_show(spec.persona_id, spec.sparsity),
+        cast=cast,
+        progress=_show(folder),
     )
-    print(f"{spec.persona_id} at {spec.sparsity}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    print(f"{folder}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     return result
 
 
@@ -62,14 +72,21 @@ def material(result: SculptResult) -> Material:
     return Material(read_examples(result.examples_path), **held_out, mask=mask)
 
 
-def _show(persona_id: str, sparsity: float) -> Callable[[Progress], None]:
+def prior_digest(prior: Prior | None) -> str | None:
+    """sha256 of a prior's scores: what was learned from another start is another mask."""
+    if prior is None:
+        return None
+    return hashlib.sha256(b"".join(prior.scores[kept].numpy().tobytes() for kept in sorted(prior.scores))).hexdigest()
+
+
+def _show(name: str) -> Callable[[Progress], None]:
     shown = [0.0]
 
     def show(news: Progress) -> None:
         if time.monotonic() - shown[0] > 20 or news.completed == news.total:
             shown[0] = time.monotonic()
             print(
-                f"{persona_id} {sparsity} {news.stage} {news.completed}/{news.total} eta {news.eta_s} loss {news.loss}",
+                f"{name} {news.stage} {news.completed}/{news.total} eta {news.eta_s} loss {news.loss}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -24,6 +24,7 @@ from masquerade_masks import SettingError, SubNetwork, utc_now
 from masquerade_pruner import conversations, discrimination, evaluation, lm_eval_tasks, multiple_choice, synthesis
 from masquerade_pruner.applied import applied
 from masquerade_pruner.bootstrap import mean_interval
+from masquerade_pruner.discrimination import Contest
 from masquerade_pruner.evaluation import FreeRunning
 from masquerade_pruner.examples import Example, read_examples
 from masquerade_pruner.held_out import Divergence, HeldOut
@@ -336,14 +337,14 @@ class _Appraiser:
         swapped = self._swapped()
         if swapped is not None:
             forwards["swapped_mask"] = applied(pair.model, swapped[1])
-        batches = len(forwards) + 1
-        total = batches * -(-sum(len(one.candidates) for one in contests) // 32)
+        passes = 2 * len(forwards) + 1
+        total = passes * -(-sum(len(one.candidates) for one in contests) // 32)
         report = discrimination.discriminate(
             pair.model, contests, forwards, between=_Count(self.on_progress, "discrimination: ranking", total)
         )
         return report | {"swapped_mask_of": None if swapped is None else swapped[0]}
 
-    def _contests(self) -> list[discrimination.Contest]:
+    def _contests(self) -> list[Contest]:
         settings = self.settings
         planned = spread(self._test_plan, settings.num_discrimination)
         own = {one.id: one for one in self._dense("discrimination", planned)}

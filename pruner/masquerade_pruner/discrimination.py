@@ -1,8 +1,8 @@
 """Discrimination: does a model know its own persona's answer among those that others gave to the same question?
 
 Ten candidates of equal length a question: the dense persona's own answer, and the dense base's answers as nine of the
-reference personas. They are ranked by log p(a | P, q) - log p(a | q), where log p(a | q) is the dense base's with no
-persona prompt for every model, so that all are measured against one prior.
+reference personas. A model ranks them by log p(a | P, q) - log p(a | q), both its own, so that what it has lost in
+general is in both terms: what is left is how much the persona prompt speaks for an answer.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def discriminate(
     *,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Rank the candidates by each of `forwards` under the persona prompt, and by the base without one.
+    """Rank the candidates by each of `forwards`, and by how likely the base finds them without the persona prompt.
 
     `forwards` holds `sculpted`, and may hold `swapped_mask` beside others.
     """
-    prior = _scores(model, contests, masked(model), prompted=False, between=between)
-    ranks = {"dense_without_prompt": [rank_of_first(scores) for scores in prior]}
+    alone = _scores(model, contests, masked(model), prompted=False, between=between)
+    ranks = {"dense_without_prompt": [rank_of_first(scores) for scores in alone]}
     for name, forward in forwards.items():
-        given = _scores(model, contests, forward, prompted=True, between=between)
+        given, prior = (_scores(model, contests, forward, prompted=one, between=between) for one in (True, False))
         ranks[name] = [rank_of_first(scores - before) for scores, before in zip(given, prior, strict=True)]
     first = {name: (np.array(found) == 1).astype(np.float64) for name, found in ranks.items()}
     reciprocal = {name: 1 / np.array(found) for name, found in ranks.items()}

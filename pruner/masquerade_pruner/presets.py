@@ -16,6 +16,11 @@ Start = Literal["prior", "importance"]
 
 MAX_SPARSITY = 0.9
 MAX_TEXT_BYTES = 16_384
+# The settings that no answer depends on: masks that differ in these alone are learned from the same answers.
+OF_LEARNING = frozenset(
+    {"learning_rate", "loss", "start", "question_share", "cast_pull", "num_importance", "validate_every"}
+    | {"num_free_running", "recovery"}
+)
 RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 TEACHERS = ("base", "remote")
 
@@ -87,6 +92,7 @@ class SculptSpec:
     recovery: Recovery = "none"
     teacher: str = "base"  # or "remote": whichever the operator has set up
     instructions: Path | None = None
+    numbers: SculptSettings | None = None  # in place of the preset's: for benchmarks, which try others
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -105,18 +111,18 @@ class SculptSpec:
 
     @property
     def settings(self) -> SculptSettings:
-        """The preset's numbers, with the loss that the teacher allows.
+        """Its own numbers or the preset's, with the loss that the teacher allows.
 
         KL needs the teacher's whole distribution, which the base has at hand; of a remote one there is only the text.
         """
-        settings = PRESETS[self.preset]
+        settings = self.numbers or PRESETS[self.preset]
         return replace(settings, loss="cross_entropy") if self.teacher == "remote" else settings
 
     def metadata(self, instructions_digest: str, settings: SculptSettings) -> dict[str, Any]:
         """The settings that a mask file records."""
         return {
             "sparsity": self.sparsity,
-            "preset": self.preset,
+            "preset": self.preset if self.numbers is None else "custom",
             "seed": self.seed,
             "teacher": self.teacher,
             "instructions_sha256": instructions_digest,

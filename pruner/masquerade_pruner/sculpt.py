@@ -30,7 +30,7 @@ from masquerade_pruner.importance import activation_importance, averaged_ranks, 
 from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
 from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
 from masquerade_pruner.plan import Execution, Plan
-from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
+from masquerade_pruner.presets import OF_LEARNING, SculptSettings, SculptSpec, shortened
 from masquerade_pruner.prior import prior_of
 from masquerade_pruner.progress import STAGES, Progress, Reporter
 from masquerade_pruner.recovery import Recovered, Recovery, recover
@@ -147,9 +147,9 @@ class _Sculptor:
         if self.remote is not None:
             self.metadata["teacher_model"] = self.remote.name
             identity["teacher_sha256"] = self.remote.digest
-        # A mask does not depend on the recovery after it, nor answers on the sparsity: both serve other masks as well.
+        # A mask does not depend on the recovery after it, nor answers on how a mask is learned from them.
         of_mask = {key: value for key, value in self.metadata.items() if key != "recovery"}
-        of_answers = {key: value for key, value in of_mask.items() if key != "sparsity"}
+        of_answers = {key: value for key, value in of_mask.items() if key not in OF_LEARNING | {"sparsity"}}
         self.answers = Workdir(directories[0], {**identity, **of_answers})
         self.learning = Workdir(directories[1], {**identity, **of_mask})
         self.recovering = Workdir(directories[2], {**identity, **self.metadata})
@@ -534,7 +534,7 @@ class _Sculptor:
         strongest = evaluation.strongest_baseline(learned.on_validation)
         contexts, dense_nll = self._fidelity(answered, learned, recovered, strongest)
         self.reporter.at(3, 5, message="free-running answers")
-        free = self._free_running(answered, recovered, dense_nll)
+        free = self._free_running(answered, recovered, dense_nll) if self.settings.num_free_running else None
         self.reporter.at(5, 5, message="done")
         return {
             "format": evaluation.REPORT_FORMAT,
@@ -548,7 +548,7 @@ class _Sculptor:
             "baselines": list(learned.baselines),
             "strongest_baseline": strongest,
             **contexts,
-            "free_running": evaluation.free_running(free),
+            **({} if free is None else {"free_running": evaluation.free_running(free)}),
             "learning": {**learned.history, "num_examples": len(answered.train)},
             "recovery": {"applied": recovered.kind, "bytes": recovered.num_bytes, **recovered.history},
         }

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+import torch
+
 from masquerade_engine.residency import ResidencyPolicy
 from masquerade_kernels.packs import FFNWeights, Pack, PackFormat, member_pack, pack_bytes, union_fraction
 from masquerade_kernels.planner import PackFacts
@@ -317,6 +319,10 @@ def _cast_key(name: str) -> str:
 
 
 def _make_way() -> None:
-    """Give this thread, and those that torch starts for it, the lowest priority where the system has one a thread."""
+    """Give this thread the lowest priority, where the system has one a thread, and no pool of others.
+
+    More pool threads than cores would have the engine's sleep at every barrier.
+    """
+    torch.set_num_threads(1)
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -42,7 +42,7 @@ async def open_engine(base: Base, settings: Settings) -> AsyncIterator[ChatEngin
         pack_cache_bytes=settings.pack_cache_mb * MIB,
         quantization=cast(Quantization, settings.quantization),
     )
-    async with AsyncEngine(base, wanted) as engine:
+    async with AsyncEngine(base, wanted, num_threads=settings.threads or available_cores()) as engine:
         yield cast(ChatEngine, engine)
 
 
@@ -81,7 +81,7 @@ def _load_base(settings: Settings) -> Base:
     from masquerade_engine.base import load_base  # noqa: PLC0415
 
     quiet_transformers()
-    torch.set_num_threads(settings.threads or available_cores())
+    torch.set_num_threads(1)  # the engine's thread alone has a pool: see `AsyncEngine`
     return load_base(settings.model, cache_dir=settings.cache_dir, dtype=settings.dtype, device=settings.device)
 
 

@@ -2,12 +2,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+import torch
 
-from masquerade_engine import AsyncEngine, Base, EngineSettings, PersonaFunction, Request, SamplingParams, Warmed
+from masquerade_engine import (
+    AsyncEngine,
+    Base,
+    Engine,
+    EngineSettings,
+    PersonaFunction,
+    Request,
+    SamplingParams,
+    Warmed,
+)
 from masquerade_engine.prefix_index import BLOCK
 from masquerade_masks import ContextTooLong, EngineStopped, QueueFull, SettingError
 
@@ -209,3 +220,43 @@ async def test_warming_that_is_cancelled_stops(
     await until(lambda: engine.stats().num_waiting == 0)
     for stream in streams:
         await stream.aclose()
+
+
+async def test_one_thread_loads_and_steps_with_a_number_of_threads_of_its_own(
+    tiny_base: Base, base_function: PersonaFunction, prompt_of: Prompt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second pool of OpenMP threads would have the first sleep at every barrier."""
+    seen: set[tuple[str, int, int]] = set()
+
+    def watched(name: str) -> None:
+        call = getattr(Engine, name)
+
+        def watch(self: Engine, *arguments: Any) -> Any:
+            seen.add((name, threading.get_ident(), torch.get_num_threads()))
+            return call(self, *arguments)
+
+        monkeypatch.setattr(Engine, name, watch)
+
+    watched("__init__")
+    watched("step")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        async with AsyncEngine(tiny_base, num_threads=1) as engine:
+            await collect(engine, Request("a", prompt_of(1), base_function, GREEDY))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert {(name, count) for name, _, count in seen} == {("__init__", 1), ("step", 1)}
+    (thread,) = {thread for _, thread, _ in seen}
+    assert thread != threading.get_ident()
+
+
+async def test_what_fails_to_load_is_told(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Engine, *arguments: Any) -> None:
+        raise SettingError("max_model_len", "is too long")
+
+    monkeypatch.setattr(Engine, "__init__", fail)
+    with pytest.raises(SettingError, match="too long"):
+        async with AsyncEngine(tiny_base):
+            pytest.fail("nothing was loaded")

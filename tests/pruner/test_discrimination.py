@@ -56,7 +56,7 @@ def test_an_answer_that_the_prompt_makes_likely_is_found(tiny_base: Base, tiny_m
     )
 
 
-def test_ranks_are_by_likelihood_under_the_prompt_less_the_bases_without(
+def test_ranks_are_by_likelihood_under_the_prompt_less_that_without(
     tiny_base: Base, tiny_model: torch.nn.Module
 ) -> None:
     subnetwork = random_subnetwork(tiny_base, recovered=True)
@@ -64,11 +64,17 @@ def test_ranks_are_by_likelihood_under_the_prompt_less_the_bases_without(
     report = discriminate(tiny_model, asked, {"sculpted": applied(tiny_model, subnetwork)})
     reciprocal, alone = [], []
     for one in asked:
-        prior = [brute_force(tiny_model, Candidate(one.without_prompt, a), None)[0] for a in one.candidates]
-        given = [brute_force(tiny_model, Candidate(one.with_prompt, a), subnetwork)[0] for a in one.candidates]
-        gains = np.array(given) - np.array(prior)
+        given, prior, base = (
+            np.array([brute_force(tiny_model, Candidate(prompt, a), changed)[0] for a in one.candidates])
+            for prompt, changed in (
+                (one.with_prompt, subnetwork),
+                (one.without_prompt, subnetwork),
+                (one.without_prompt, None),
+            )
+        )
+        gains = given - prior
         reciprocal.append(1 / (1 + (gains[1:] > gains[0]).sum()))
-        alone.append(1 / (1 + (np.array(prior)[1:] > prior[0]).sum()))
+        alone.append(1 / (1 + (base[1:] > base[0]).sum()))
     assert report["sculpted"]["reciprocal_rank"]["mean"] == pytest.approx(np.mean(reciprocal), abs=1e-4)
     assert report["dense_without_prompt"]["reciprocal_rank"]["mean"] == pytest.approx(np.mean(alone), abs=1e-4)
     assert "own_minus_swapped" not in report

@@ -18,7 +18,17 @@ from safetensors.torch import save_file
 from masquerade_engine.base import Base, load_base
 from masquerade_engine.device_memory import DeviceMemory
 from masquerade_masks import InsufficientMemory, Mask, SculptCancelled, SettingError, TeacherError
-from masquerade_pruner import PRESETS, Chat, Execution, Progress, Reply, SculptResult, SculptSpec, sculpt
+from masquerade_pruner import (
+    PRESETS,
+    Chat,
+    Execution,
+    Progress,
+    Reply,
+    SculptResult,
+    SculptSettings,
+    SculptSpec,
+    sculpt,
+)
 from masquerade_pruner.estimate import estimate
 from masquerade_pruner.examples import read_examples
 from masquerade_pruner.mask_learning import top_k_mask
@@ -48,7 +58,13 @@ def run_sculpt(
     cache_dir = tmp_path_factory.mktemp("sculpt-cache")
 
     def run(
-        workdir: Path, *, sparsity: float = 0.5, recovery: Recovery = "none", answers: str = "base", **keywords: Any
+        workdir: Path,
+        *,
+        sparsity: float = 0.5,
+        recovery: Recovery = "none",
+        answers: str = "base",
+        numbers: SculptSettings | None = None,
+        **keywords: Any,
     ) -> SculptResult:
         spec = SculptSpec(
             "tester",
@@ -59,6 +75,7 @@ def run_sculpt(
             recovery=recovery,
             teacher=answers,
             instructions=instructions,
+            numbers=numbers,
         )
         return sculpt(spec, tiny_base, workdir, **{"cache_dir": cache_dir, **keywords})
 
@@ -207,6 +224,23 @@ def test_a_mask_is_pulled_towards_its_cast(
     other = Mask.from_kept_indices(order[:, : alone.kept], alone.intermediate_size)
     together = run_sculpt(tmp_path, cast=[other]).subnetwork.mask
     assert _jaccard(together, other) > _jaccard(alone, other) + 0.02
+
+
+def test_other_numbers_than_a_presets_learn_from_the_same_answers(
+    recover_finished: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path
+) -> None:
+    numbers = replace(PRESETS["smoke"], cast_pull=0.0, learning_rate=0.05, num_test_scenes=4, num_free_running=0)
+    stages: list[tuple[str, int]] = []
+    result = recover_finished(
+        tmp_path / "work", "none", numbers=numbers, progress=lambda news: stages.append((news.stage, news.completed))
+    )
+    assert {stage for stage, _ in stages} == {"answer", "learn", "evaluate"}
+    assert ("answer", 1) not in stages  # none was asked for
+    assert (result.settings["preset"], finished.settings["preset"]) == ("custom", "smoke")
+    assert result.settings["learning_rate"] == 0.05
+    assert result.subnetwork.mask != finished.subnetwork.mask
+    assert "free_running" in finished.report
+    assert "free_running" not in result.report
 
 
 def test_learning_starts_from_the_prior(

@@ -56,8 +56,8 @@ class _Entry:
 
     @property
     def stored_dtype(self) -> np.dtype[Any]:
-        plain = {GGMLQuantizationType.F32: np.dtype("<f4"), GGMLQuantizationType.F16: np.dtype("<f2")}
-        return plain.get(self.type, np.dtype("u1"))
+        names = {GGMLQuantizationType.F32: "<f4", GGMLQuantizationType.F16: "<f2"}
+        return np.dtype(names.get(self.type, "u1"))
 
     @property
     def num_bytes(self) -> int:

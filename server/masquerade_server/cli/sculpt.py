@@ -99,7 +99,7 @@ def sculpt(
         text=persona_text,
         sparsity=sparsity,
         preset=preset,
-        recovery=recovery,
+        recovery=cast(Any, recovery),
         seed=seed,
         teacher=teacher,
         instructions=instructions,
