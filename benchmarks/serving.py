@@ -62,14 +62,15 @@ def serving(
     command: Sequence[str] = (),
     cwd: Path | None = None,
     environ: Mapping[str, str] | None = None,
+    port: int | None = None,
     timeout_s: float = 300.0,
 ) -> Iterator[Server]:
-    """Run a server on a free loopback port from here to the end of the block.
+    """Run a server on a loopback port, a free one by default, from here to the end of the block.
 
     `command` defaults to this environment's `masquerade serve`, `environ` to this process's; without a `cache_dir` the
     base is cached in the data directory. Exits with the server's last lines where it does not get ready.
     """
-    port = _free_port()
+    port = port or _free_port()
     command = list(command) or [masquerade_command(), "serve"]
     variables = _variables(os.environ if environ is None else environ, port, data_dir, cache_dir)
     lines: list[Line] = []

@@ -40,6 +40,7 @@ from masquerade_server.settings import TeacherSettings, resolve_settings
 from masquerade_server.teachers import open_teacher
 
 OWN = "the base"
+_PORT = 18_765  # of the server that is started: a teacher at another address is another teacher, and asked anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,10 @@ def _teachers(options: argparse.Namespace) -> Iterator[dict[str, TeacherSettings
     with (
         tempfile.TemporaryDirectory(prefix="masquerade-teacher-") as data_dir,
         serving(
-            Path(data_dir), cache_dir=options.cache_dir, environ=os.environ | {"MASQUERADE_WORKERS": "0"}
+            Path(data_dir),
+            cache_dir=options.cache_dir,
+            environ=os.environ | {"MASQUERADE_WORKERS": "0"},
+            port=_PORT,
         ) as server,
     ):
         yield {f"{BUNDLED}, rewriting": TeacherSettings(f"{server.url}/v1", BUNDLED, concurrency=16)}
