@@ -9,7 +9,7 @@ are compared, summed over stretches of 16, with a bootstrap over stretches.
 
 base: the unpruned base. distinct: 16 personas with masks of their own at 50 %. cast: 16 whose masks keep 50 % each and
 65 % together. one: one persona at 50 % in all streams. The gain predicted for a mask is 1 / (1 - share x (1 - kept)),
-from the share that the dense FFN, timed alone, has of the base's step. Packs are made before anything is timed.
+from the share that the FFNs have of the base's own steps, timed within them. Packs are made before anything is timed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from intervals import paired_ratio
 from machine import machine
-from peers import ffn_share
 from serving import CACHE_DIR
 from town import character, overlapping_subnetworks, prompt, random_subnetwork, union_share
 
-from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams, load_base
+from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams, load_base, runner
 from masquerade_engine.threads import available_cores
+from masquerade_kernels import run_persona_ffn
 from masquerade_masks import SubNetwork
 
 STRETCH = 16  # turns
@@ -100,7 +102,7 @@ def main() -> None:
         many, single = contenders(base, engines)
         for group in (many, single):
             run(group, options)
-        table = _table(base, many, single, options)
+        table = _table(many, single, options)
     print(table)
     if options.out:
         options.out.write_text(table, "utf-8")
@@ -145,13 +147,35 @@ def run(group: Sequence[Contender], options: argparse.Namespace) -> None:
                 one.seconds.clear()
 
 
+def ffn_share(base: Contender, tokens: int) -> float:
+    """The share that the FFNs have of the base's steps: the median of a round."""
+    shares: list[float] = []
+    inside = [0.0]
+
+    def timed(*arguments: Any, **named: Any) -> torch.Tensor:
+        began = time.perf_counter()
+        found = run_persona_ffn(*arguments, **named)
+        inside[0] += time.perf_counter() - began
+        return found
+
+    base.begin(1_000_000, tokens)
+    with mock.patch.object(runner, "run_persona_ffn", timed):
+        for _ in range(tokens):
+            inside[0] = 0.0
+            began = time.perf_counter()
+            base.engine.step()
+            shares.append(inside[0] / (time.perf_counter() - began))
+    base.finish()
+    return float(np.median(shares))
+
+
 def stretches(one: Contender) -> list[float]:
     """Seconds of every stretch of steps."""
     whole = len(one.seconds) // STRETCH * STRETCH
     return [float(part) for part in np.array(one.seconds[:whole]).reshape(-1, STRETCH).sum(axis=1)]
 
 
-def _table(base: Base, many: Sequence[Contender], single: Sequence[Contender], options: argparse.Namespace) -> str:
+def _table(many: Sequence[Contender], single: Sequence[Contender], options: argparse.Namespace) -> str:
     lines = [
         "# What masks cost and gain, step beside step",
         "",
@@ -164,8 +188,7 @@ def _table(base: Base, many: Sequence[Contender], single: Sequence[Contender], o
         "|" + " --- |" * 9,
     ]
     for group in (many, single):
-        step_s = float(np.median(group[0].seconds))
-        share = ffn_share(base, group[0].streams, step_s, repeats=25)
+        share = ffn_share(group[0], options.tokens)
         for one in group:
             kept = _kept(one)
             ratio = paired_ratio(stretches(group[0]), stretches(one))
@@ -176,7 +199,7 @@ def _table(base: Base, many: Sequence[Contender], single: Sequence[Contender], o
                 f"| {one.streams} | {one.name} | {p50:.1f} | {p90:.1f} | {ratio.mean:.3f} "
                 f"| {ratio.low:.3f} to {ratio.high:.3f} | {predicted:.3f} | {gain} | {one.packs()} |"
             )
-        lines.append(f"| {group[0].streams} | the dense FFN alone: {share:.0%} of the base's step |" + " |" * 7)
+        lines.append(f"| {group[0].streams} | the FFNs: {share:.0%} of the base's step |" + " |" * 7)
     return "\n".join([*lines, ""])
 
 
