@@ -175,13 +175,13 @@ def measure(
 ) -> dict[str, Any]:
     """In a process of its own: sculpt, and note the peak of each stage."""
     torch.set_num_threads(available_cores())
-    smoke = PRESETS["smoke"]
-    numbers = smoke if answer_tokens is None else replace(smoke, answer_tokens=answer_tokens)
+    if answer_tokens is not None:
+        PRESETS["smoke"] = replace(PRESETS["smoke"], answer_tokens=answer_tokens)
     loaded = load_base(base or "smollm2-135m-instruct", cache_dir=CACHE_DIR, device=device)
     watch = PeakWatch(loaded)
     with tempfile.TemporaryDirectory(prefix="masquerade-estimates-") as folder:
         questions = None if base is None else _few_questions(Path(folder))
-        spec = SculptSpec("tester", "Tester", TEXT, recovery=recovery, instructions=questions, numbers=numbers)  # type: ignore[arg-type]
+        spec = SculptSpec("tester", "Tester", TEXT, preset="smoke", recovery=recovery, instructions=questions)  # type: ignore[arg-type]
         execution = Execution(checkpointing, micro_batch)  # type: ignore[arg-type]
         expected = estimate(spec, loaded, execution)
         cache = CACHE_DIR if base is None else Path(folder) / "cache"
@@ -212,6 +212,7 @@ class PeakWatch:
         """Peaks by stage, the present one's included."""
         if self._stage:
             self._peaks[self._stage] = self._peak()
+            print(f"{self._stage}: {self._peaks[self._stage] / GB:.2f} GB", file=sys.stderr, flush=True)
         return self._peaks
 
     def _peak(self) -> int:

@@ -279,7 +279,7 @@ def pip(bundled_base: Base) -> tuple[SubNetwork, ExportedPersona]:
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(
-    ("tensor_type", "biased", "tolerance"), [("f16", False, 0.05), ("f16", True, 0.05), ("base", False, 0.5)]
+    ("tensor_type", "biased", "tolerance"), [("f16", False, 0.01), ("f16", True, 0.01), ("base", False, 0.2)]
 )
 def test_llama_cpp_plays_the_bundled_persona(
     bundled_base: Base,
@@ -301,7 +301,7 @@ def test_llama_cpp_plays_the_bundled_persona(
     prompt = render_chat(bundled_base.tokenizer, persona.system_prompt, asked)
     found = llama_cpp.greedy(prompt, 24)
     apart = differences(bundled_base, subnetwork, persona_logits, prompt, found)
-    assert apart.max() <= tolerance
+    assert apart.mean() <= tolerance
     unpruned = replace(subnetwork, mask=Mask.from_kept_indices(EVERY_NEURON, 1536), bias=None)
     assert differences(bundled_base, unpruned, persona_logits, prompt, found).mean() > 10 * apart.mean()
     text, num_prompt_tokens = llama_cpp.chat(asked, 24)

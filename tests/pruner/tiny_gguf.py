@@ -27,7 +27,7 @@ _NUM_SAID = 94  # the first tokens are printable ASCII
 def write_tiny_gguf(path: Path, model_type: str, stored: GGMLQuantizationType, chat_template: str) -> Path:
     """A model of that family whose matrices are stored as `stored`, with a byte-level tokenizer.
 
-    It reads every byte and says printable ASCII alone: llama.cpp's server holds back what ends within a character.
+    It reads every byte and says printable ASCII alone: llama.cpp's server holds back a token that cuts a character.
     """
     tokens = [*sorted(ByteLevel.alphabet()), "Ġt", "<|im_end|>", "<|im_start|>"]
     sizes = SIZES | {"head_dim": _HEAD_DIM.get(model_type, 32)}
