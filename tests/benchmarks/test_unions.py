@@ -16,7 +16,7 @@ from unions import Cast, Learned, Run, chance_union, chosen, mean_jaccard, short
 from masquerade_engine import load_base
 from masquerade_engine.base import Base
 from masquerade_masks import Mask
-from masquerade_pruner import PRESETS, SculptSpec
+from masquerade_pruner import PRESETS, SculptSettings, SculptSpec
 
 PEOPLE = [
     ("wyn", "Wyn", "You row a ferry and say little."),
@@ -166,6 +166,48 @@ def test_another_cast_or_other_numbers_are_learned_anew_from_the_same_answers(
     _sculpted(new_run(learning_rate=0.05), PEOPLE[1:2])
     assert [name.rsplit("-", 1)[0] for name in names] == ["hob-0.5-0.0"]
     assert answers.stat().st_mtime_ns == written
+
+
+# --- the command
+
+
+class _Drawn:
+    """In a run's place: everyone alone keeps other neurons than everyone pulled."""
+
+    prior = None
+
+    def __init__(self, base: object, settings: SculptSettings, workdir: Path) -> None:
+        pass
+
+    def add(self, persona: tuple[str, str, str], cast: Cast) -> None:
+        if len(cast.alone) == 3:
+            raise KeyboardInterrupt
+        cast.alone.append(_learned("xx.." if len(cast.alone) % 2 else "..xx"))
+        for before in cast.pulled.values():
+            before.append(_learned("xx.."))
+
+
+def test_a_killed_command_leaves_the_page_so_far(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(unions, "load_base", lambda *rest, **keywords: None)
+    monkeypatch.setattr(unions, "Run", _Drawn)
+    page = tmp_path / "unions.md"
+    arguments = ["--pull", "0.2", "0.3", "--workdir", str(tmp_path), "--out", str(page)]
+    monkeypatch.setattr("sys.argv", ["benchmarks/unions.py", *arguments])
+    with pytest.raises(KeyboardInterrupt):
+        unions.main()
+    text = page.read_text("utf-8")
+    assert f"`python benchmarks/unions.py {' '.join(arguments)}` on " in text
+    assert "The first 3 personas of the village. Short sculpts, 16 steps of\n16 branches" in text
+    assert "this base has no prior yet;\n48 validation and 48 test questions" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## 25% dropped", "## 50% dropped"]
+    assert text.count("The first so many masks, pulled by 0.3:") == 2
+
+
+@pytest.mark.parametrize("wrong", [["--personas", "1"], ["--personas", "25"], ["--pull", "0.1", "0.0"]])
+def test_options_that_make_no_curve_are_refused(monkeypatch: pytest.MonkeyPatch, wrong: list[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["unions.py", *wrong])
+    with pytest.raises(SystemExit):
+        unions.main()
 
 
 # --- the village
