@@ -226,7 +226,7 @@ def test_every_way_to_run_a_step_gives_its_gradients(
     tiny_model: torch.nn.Module, make_examples: MakeExamples, mask: torch.Tensor, kind: Recovery
 ) -> None:
     examples = make_examples(5)
-    start = _start(kind, Change.of_mask(tiny_model, mask), examples, SETTINGS, seed=0)
+    start = _start(kind, Change.of_mask(tiny_model, mask), SETTINGS, seed=0)
 
     def gradients(**ways: Any) -> tuple[float, dict[str, torch.Tensor]]:
         learner = Recoverer(start, SETTINGS, **ways)
