@@ -279,7 +279,8 @@ def pip(bundled_base: Base) -> tuple[SubNetwork, ExportedPersona]:
 
 @pytest.mark.real_model
 @pytest.mark.parametrize(
-    ("tensor_type", "biased", "tolerance"), [("f16", False, 0.01), ("f16", True, 0.01), ("base", False, 0.2)]
+    ("tensor_type", "biased", "tolerance", "factor"),
+    [("f16", False, 0.01, 10), ("f16", True, 0.01, 10), ("base", False, 0.2, 5)],
 )
 def test_llama_cpp_plays_the_bundled_persona(
     bundled_base: Base,
@@ -289,6 +290,7 @@ def test_llama_cpp_plays_the_bundled_persona(
     tensor_type: str,
     biased: bool,
     tolerance: float,
+    factor: float,
 ) -> None:
     subnetwork, persona = pip
     if biased:
@@ -303,7 +305,7 @@ def test_llama_cpp_plays_the_bundled_persona(
     apart = differences(bundled_base, subnetwork, persona_logits, prompt, found)
     assert apart.mean() <= tolerance
     unpruned = replace(subnetwork, mask=Mask.from_kept_indices(EVERY_NEURON, 1536), bias=None)
-    assert differences(bundled_base, unpruned, persona_logits, prompt, found).mean() > 10 * apart.mean()
+    assert differences(bundled_base, unpruned, persona_logits, prompt, found).mean() > factor * apart.mean()
     text, num_prompt_tokens = llama_cpp.chat(asked, 24)
     assert num_prompt_tokens == len(prompt)
     assert text.strip() == bundled_base.tokenizer.decode([next(iter(top)) for top in found]).strip()
