@@ -71,6 +71,13 @@ def test_a_client_that_brings_the_prompt_itself_does_not_double_it(tiny_base: Ba
     assert in_character(tokenizer, made, brought) == render_chat(tokenizer, None, brought)
 
 
+def test_an_empty_system_message_is_no_scene(tiny_base: Base) -> None:
+    tokenizer = speaking(tiny_base, CHATML)
+    made = template_in_character(tokenizer, PROMPT)
+    assert made is not None
+    assert in_character(tokenizer, made, [ChatMessage("system", ""), ASKED]) == in_character(tokenizer, made, [ASKED])
+
+
 def test_without_a_system_turn_the_prompt_opens_the_first_message(tiny_base: Base) -> None:
     tokenizer = speaking(tiny_base, ALTERNATING)
     made = template_in_character(tokenizer, PROMPT)

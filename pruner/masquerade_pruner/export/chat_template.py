@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 # one that begins with the persona's own prompt stands as it is.
 _SYSTEM_TURN = """\
 {%- set persona = PERSONA -%}
-{%- if messages[0]['role'] != 'system' -%}
-{%- set messages = [{'role': 'system', 'content': persona}] + messages -%}
-{%- elif not messages[0]['content'].startswith(persona) -%}
-{%- set messages = [{'role': 'system', 'content': persona ~ '\\n\\n' ~ messages[0]['content']}] + messages[1:] -%}
+{%- if messages[0]['role'] == 'system' -%}
+{%- set scene = messages[0]['content'] -%}
+{%- set messages = messages[1:] -%}
+{%- else -%}
+{%- set scene = '' -%}
 {%- endif -%}
+{%- if not scene.startswith(persona) -%}
+{%- set scene = (persona ~ '\\n\\n' ~ scene) if scene else persona -%}
+{%- endif -%}
+{%- set messages = [{'role': 'system', 'content': scene}] + messages -%}
 """
 _FIRST_USER_TURN = """\
 {%- set persona = PERSONA -%}
