@@ -27,7 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 from intervals import paired_ratio
-from machine import machine
+from machine import as_served, machine
 from serving import CACHE_DIR
 from town import character, overlapping_subnetworks, prompt, random_subnetwork, union_share
 
@@ -220,4 +220,5 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    as_served()
     main()

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 import transformers
+
+from masquerade_engine.threads import barrier_settings
+
+
+def as_served() -> None:
+    """Start this script again with the thread settings that the server has, where the environment has others."""
+    missing = barrier_settings(os.environ)
+    if missing:
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **missing})
 
 
 def machine() -> str:

@@ -13,15 +13,16 @@ import argparse
 import time
 
 import torch
+from machine import as_served
 from torch.nn import functional as F
 
-from masquerade_kernels.linear import PackedLinear
+from masquerade_kernels.linear import pack_linear
 from masquerade_kernels.packs import LayerPack
 
 
 def layer(neurons: int, hidden: int, dtype: torch.dtype) -> LayerPack:
     return LayerPack(
-        PackedLinear(torch.randn(2 * neurons, hidden).to(dtype)), PackedLinear(torch.randn(hidden, neurons).to(dtype))
+        pack_linear(torch.randn(2 * neurons, hidden).to(dtype)), pack_linear(torch.randn(hidden, neurons).to(dtype))
     )
 
 
@@ -70,4 +71,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    as_served()
     main()

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import machine
+from machine import as_served, machine
 from serving import CACHE_DIR
 from town import random_subnetwork
 
@@ -34,7 +34,7 @@ from masquerade_engine import (
 )
 from masquerade_engine.sampler import Sampler
 from masquerade_engine.threads import available_cores
-from masquerade_kernels.linear import Int8Linear, PackedLinear
+from masquerade_kernels.linear import DotLinear, Int8Linear, PackedLinear
 from masquerade_kernels.rows import CompiledRows
 
 KINDS = ("linears", "attention", "rotary and KV write", "norms", "activation", "sampling")
@@ -59,7 +59,7 @@ class Clock:
 
 def instrument(clock: Clock) -> None:
     """Put the clock around every kernel call of the engine."""
-    for linear in (PackedLinear, Int8Linear):
+    for linear in (DotLinear, PackedLinear, Int8Linear):
         linear.forward = clock.timed("linears", linear.forward)  # type: ignore[method-assign]
     CompiledRows.norm = clock.timed("norms", CompiledRows.norm)  # type: ignore[method-assign]
     CompiledRows.add_norm = clock.timed("norms", CompiledRows.add_norm)  # type: ignore[method-assign]
@@ -159,4 +159,5 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    as_served()
     main()

@@ -5,13 +5,19 @@ import torch
 from torch.nn import functional as F
 
 from masquerade_kernels import PackedLinear
-from masquerade_kernels.linear import padded_rows
+from masquerade_kernels.linear import DotLinear, Int8Linear, can_dot, pack_linear, padded_rows
+
+DOTS = can_dot(torch.zeros(16, 16).bfloat16())
+BF16_LINEARS = [PackedLinear, DotLinear] if DOTS else [PackedLinear]
 
 
+@pytest.mark.parametrize("linear", BF16_LINEARS)
 @pytest.mark.parametrize("rows", [1, 2, 16, 33, 200])
-@pytest.mark.parametrize(("out_features", "in_features"), [(64, 32), (77, 45), (1, 5), (130, 96)])
+@pytest.mark.parametrize(("out_features", "in_features"), [(64, 32), (77, 46), (1, 6), (130, 96), (600, 1024)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_bf16_is_the_rounded_float64_product(rows: int, out_features: int, in_features: int, bias: bool) -> None:
+def test_bf16_is_the_rounded_float64_product(
+    linear: type[PackedLinear | DotLinear], rows: int, out_features: int, in_features: int, bias: bool
+) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(out_features, in_features, generator=generator).bfloat16()
     x = torch.randn(rows, in_features, generator=generator).bfloat16()
@@ -20,7 +26,39 @@ def test_bf16_is_the_rounded_float64_product(rows: int, out_features: int, in_fe
     # float32 accumulation and one rounding to bf16, whose spacing is 2^-8 of the value; half of it, doubled for the
     # rounding of a product beside its bias.
     scale = exact.abs() + (x.double().abs() @ weight.double().abs().T) * 2**-16
-    assert ((PackedLinear(weight, b)(x).double() - exact).abs() <= scale * 2**-8).all()
+    assert ((linear(weight, b)(x).double() - exact).abs() <= scale * 2**-8).all()
+
+
+def test_an_odd_number_of_inputs_is_computed_too() -> None:
+    weight, x = torch.randn(77, 45).bfloat16(), torch.randn(3, 45).bfloat16()
+    assert not can_dot(weight)
+    torch.testing.assert_close(pack_linear(weight)(x), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("others", [1, 2, 7, 15, 16, 40])
+def test_a_row_is_the_same_to_the_bit_in_any_batch(others: int) -> None:
+    weight, x = torch.randn(600, 1024).bfloat16(), torch.randn(1 + others, 1024).bfloat16()
+    linear = pack_linear(weight)
+    if isinstance(linear, DotLinear):
+        assert torch.equal(linear(x)[-1:], linear(x[-1:]))
+
+
+def test_rows_need_not_be_contiguous() -> None:
+    weight, x = torch.randn(48, 32).bfloat16(), torch.randn(32, 5).bfloat16()
+    for linear in BF16_LINEARS:
+        torch.testing.assert_close(linear(weight)(x.T), F.linear(x.T, weight))
+
+
+def test_the_threads_are_those_of_the_caller() -> None:
+    weight, x = torch.randn(600, 1024).bfloat16(), torch.randn(9, 1024).bfloat16()
+    linear = pack_linear(weight)
+    together = linear(x)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(linear(x), together)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_float32_is_the_plain_linear() -> None:
@@ -37,14 +75,24 @@ def test_rows_are_counted_in_steps(rows: int, computed: int) -> None:
     assert padded_rows(rows) == computed
 
 
-def test_no_rows_are_no_rows() -> None:
-    assert PackedLinear(torch.randn(24, 16).bfloat16())(torch.empty(0, 16).bfloat16()).shape == (0, 24)
+@pytest.mark.parametrize("linear", BF16_LINEARS)
+def test_no_rows_are_no_rows(linear: type[PackedLinear | DotLinear]) -> None:
+    assert linear(torch.randn(24, 16).bfloat16())(torch.empty(0, 16).bfloat16()).shape == (0, 24)
 
 
-def test_another_dtype_is_our_own_mistake() -> None:
+@pytest.mark.parametrize("linear", BF16_LINEARS)
+def test_another_dtype_is_our_own_mistake(linear: type[PackedLinear | DotLinear]) -> None:
     with pytest.raises(AssertionError, match="bfloat16"):
-        PackedLinear(torch.randn(8, 8).bfloat16())(torch.randn(1, 8))
+        linear(torch.randn(8, 8).bfloat16())(torch.randn(1, 8))
 
 
-def test_bytes_are_those_of_the_weight() -> None:
-    assert PackedLinear(torch.randn(8, 16).bfloat16()).num_bytes == 8 * 16 * 2
+@pytest.mark.parametrize("linear", BF16_LINEARS)
+def test_bytes_are_those_of_the_weight(linear: type[PackedLinear | DotLinear]) -> None:
+    assert linear(torch.randn(32, 16).bfloat16()).num_bytes == 32 * 16 * 2
+
+
+def test_every_weight_gets_the_fastest_linear_that_takes_it() -> None:
+    weight = torch.randn(16, 16)
+    assert type(pack_linear(weight)) is PackedLinear
+    assert type(pack_linear(weight.bfloat16())) is (DotLinear if DOTS else PackedLinear)
+    assert type(pack_linear(weight, int8=True)) is Int8Linear
