@@ -217,7 +217,8 @@ def gathered_ffn(
             itemsize=hidden.dtype.itemsize,
             num_sms=num_multiprocessors(hidden.device),
         )
-    with torch.cuda.device_of(hidden):  # triton launches on the thread's current device, whatever it is given
+    # Triton launches on the thread's current device, whatever it is given.
+    with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call]
         kernels.launch(
             hidden,
             weights.gate,

@@ -79,7 +79,7 @@ class PackFormat:
         return self.gathered is not None and not members[0].has_own_ffn
 
     def holds(self, member: SubNetwork) -> bool:
-        """Whether packs are made for it: the gathered kernels take no low-rank updates, which stay on the dense pack."""
+        """Whether packs are made for it: gathered kernels take no low-rank updates, so those run on the dense pack."""
         return not self.gathers([member]) or lora_of(member) is None
 
 
@@ -131,7 +131,7 @@ def member_pack(
     form: PackFormat,
     between_layers: Callable[[], None] = lambda: None,
 ) -> Pack:
-    """The union of the members' masks, copied out of the base or gathered: of one member its compact pack, else a cast's.
+    """The union of the members' masks, copied or gathered: of one member its compact pack, else a cast's.
 
     A member with FFN weights of its own (`full`) is alone, and its pack is made of those.
     Gains and biases stay beside the weights, in float32, and low-rank updates in the pack's dtype.
@@ -211,9 +211,9 @@ def _rounded_up(flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def pack_bytes(members: Sequence[SubNetwork], form: PackFormat) -> int:
-    """What `member_pack` will hold: coefficients, biases, low-rank updates, and three matrices of `[|U|, hidden]` a layer.
+    """What `member_pack` will hold: three matrices of `[|U|, hidden]`, coefficients, biases, low-rank updates, a layer.
 
-    In place of those a gathered pack holds 4 bytes a neuron.
+    In place of the matrices a gathered pack holds 4 bytes a neuron.
     """
     shape = members[0].shape
     num_neurons = (

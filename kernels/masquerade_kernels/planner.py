@@ -86,8 +86,8 @@ def plan_step(
 
     It starts with everything on the smallest pack that covers it all (the dense one, if no other does), or with each
     persona on the smallest of its own, whichever is cheaper. Then, as long as it lowers the step's cost, everything
-    that some pack or the dense one covers (or only its prompt chunks) moves there. Within a segment runs stay in the order given.
-    Runs of a persona with weights of its own have no choice: they go through the pack under its digest.
+    that some pack or the dense one covers (or only its prompt chunks) moves there. Within a segment runs stay in the
+    order given. Runs of a persona with weights of its own have no choice: they go through the pack under its digest.
     """
     items = _items(runs)
     own, free = [item for item in items if item.own], [item for item in items if not item.own]
@@ -153,8 +153,7 @@ def _cost(
     for item, key in zip(items, placed, strict=True):
         rows[key] = rows.get(key, 0) + item.num_rows
     return sum(
-        costs.per_segment + costs.on(None if key is None else resident[key], num_rows)
-        for key, num_rows in rows.items()
+        costs.per_segment + costs.on(None if key is None else resident[key], num_rows) for key, num_rows in rows.items()
     )
 
 

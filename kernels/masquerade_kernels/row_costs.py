@@ -20,7 +20,12 @@ _LAYERS = 8  # taken in turn, so that not all of them are in the cache
 
 @torch.inference_mode()
 def measure_row_costs(
-    dense: Pack, hidden_size: int, dtype: torch.dtype, device: torch.device, rows: RowOps, gathered: GatheredWeights | None
+    dense: Pack,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: RowOps,
+    gathered: GatheredWeights | None,
 ) -> RowCosts:
     """What a layer takes for a few numbers of rows: dense, and where packs gather, as a gathered one.
 

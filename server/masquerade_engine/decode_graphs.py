@@ -170,7 +170,8 @@ class CUDACapture:
         graph = torch.cuda.CUDAGraph()
         # A pool ends with its last graph, and cannot be used again then.
         pool = next((other.pool() for other in self._alive), None)
-        with torch.cuda.device(self._device):
+        # The stream that is current stays so: a capture that fails leaves its own one behind.
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.current_stream(self._device)):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 step()  # compiles kernels and loads libraries, which a capture must not

@@ -60,7 +60,7 @@ class KVCache:
         num_rows = num_slots * g.num_kv_heads * max_len  # of a layer's keys, and of its values
         self._memory = LazyZeros((g.num_layers, 2, num_rows + g.num_kv_heads, g.head_dim), g.dtype, device)
         rows = self._memory.tensor
-        self._slots = rows[:, :, :num_rows].unflatten(2, (num_slots, g.num_kv_heads, max_len))
+        self._slots = rows[:, :, :num_rows].view(g.num_layers, 2, num_slots, g.num_kv_heads, max_len, g.head_dim)
         blocks = LazyZeros((g.num_layers, 2, num_blocks, g.num_kv_heads, BLOCK, g.head_dim), g.dtype, device)
         self._blocks = blocks.tensor
         # [num_slots, kv_heads, max_len, head_dim] a layer
@@ -80,7 +80,7 @@ class KVCache:
         return self._at(slot, position).flatten()
 
     def rows_by_slot(self, positions: torch.Tensor) -> torch.Tensor:
-        """As `rows`, of a token in each of the first slots at `positions` int64 `[num_tokens]`; -1: where nobody reads."""
+        """As `rows`, of a token in each of the first slots, int64 `[num_tokens]`; at -1: where nobody reads."""
         slot = torch.arange(len(positions), device=self._device)
         nowhere = self._slots[0, 0].numel() // self._slots.shape[-1] + self._heads
         return torch.where(positions < 0, nowhere, self._at(slot, positions)).flatten()

@@ -32,7 +32,8 @@ from masquerade_engine.sequence import Batch, Chunk
 from masquerade_engine.sequence import Sequence as EngineSequence
 from masquerade_kernels import RowCosts
 
-TOLERANCE = 1e-5  # on a logit of a few units, float32
+TOLERANCE = 1e-4 if torch.cuda.is_available() else 1e-5  # on a logit of a few units, float32
+BY_SHARE = RowCosts(((1, 100.0), (2, 100.0)))  # the smallest pack is chosen, whatever a tiny one takes on a GPU
 SETTINGS = EngineSettings(max_num_seqs=12, max_model_len=128, pack_cache_bytes=0)
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
@@ -101,6 +102,7 @@ def make_engine(base: Base, capture: Counted) -> Iterator[MakeEngine]:
 
     def make(**changes: Any) -> Engine:
         engines.append(Engine(base, replace(SETTINGS, **changes)))
+        engines[-1].runner._costs = BY_SHARE
         return engines[-1]
 
     yield make
@@ -210,7 +212,7 @@ def test_whole_conversations_are_what_each_is_alone(
     alone = make_engine(enforce_eager=True)
     for name, tokens, row in recorded:
         expected = forced_logits(alone, functions[int(name) % 5], tokens, [len(tokens)])[0]
-        assert (row - expected).abs().max() < 10 * TOLERANCE
+        assert (row - expected).abs().max() < TOLERANCE
 
 
 def test_one_graph_serves_whoever_is_in_the_slots(
@@ -250,7 +252,7 @@ def test_biases_that_come_later_are_no_part_of_an_earlier_graph(
 def test_a_graph_goes_with_its_pack(
     base: Base, make_engine: MakeEngine, capture: Counted, make_function: Function, prompt_of: Prompt
 ) -> None:
-    """A new version is published while graphs of the old one exist: its pack is held by nobody from the next step on."""
+    """A new version is published while graphs of the old one exist: nobody holds its pack from the next step on."""
     engine, eager = make_engine(pack_cache_bytes=16 << 20), make_engine(enforce_eager=True)
     old, new = make_function(base, 1, gain=True), make_function(base, 2, gain=True)
     packs = engine.runner.packs
@@ -379,5 +381,8 @@ def test_a_capture_that_fails_leaves_the_engine_on_eager_steps(
 
 
 def test_graphs_are_of_cuda_and_can_be_turned_off(base: Base, make_engine: MakeEngine) -> None:
-    assert make_engine(enforce_eager=True).runner._graphs is None
+    eager = make_engine(enforce_eager=True)
+    assert eager.runner._graphs is None
+    assert len(eager.runner._table.scales(0)) == 8
+    assert len(make_engine().runner._table.scales(0)) == 13  # it may not move
     assert graph_capture(torch.device("cpu")) is None

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from masquerade_engine import Base, Engine, EngineSettings, PersonaFunction, Request, SamplingParams, load_base, runner
+from masquerade_engine.decode_graphs import graph_capture
 from masquerade_engine.reference import reference_logits
 from masquerade_engine.sequence import Batch
 from masquerade_kernels import Pack, RowCosts, can_gather, lora_factors, row_costs
@@ -40,7 +41,9 @@ def base(tiny_base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 @pytest.fixture
 def engine(base: Base, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Captures decoding steps, where there is no GPU by keeping them."""
     monkeypatch.setattr(runner, "measure_row_costs", lambda *_: BY_SHARE)
+    monkeypatch.setattr(runner, "graph_capture", lambda device: graph_capture(device) or (lambda step: step))
     with Engine(base, EngineSettings(max_num_seqs=6, max_model_len=128)) as made:
         yield made
 
@@ -81,6 +84,13 @@ def packs_of(engine: Engine) -> list[Pack]:
     return [segment.pack for segment in engine.runner._plan.segments]
 
 
+def packs_replayed(engine: Engine) -> set[tuple[str, ...] | None]:
+    """The members of the packs that graphs were captured on, since the packs changed; the dense one's stay."""
+    graphs = engine.runner._graphs
+    assert graphs is not None
+    return {graph.pack.members for graph in graphs._graphs.values() if graph.replay is not None}
+
+
 def test_compact_cast_and_dense_are_the_reference(
     engine: Engine,
     base: Base,
@@ -111,6 +121,8 @@ def test_compact_cast_and_dense_are_the_reference(
             found = forced_logits(engine, function, tokens, stops)
             assert [pack.members for pack in packs_of(engine)] == [members]
             assert (found - expected).abs().max() < TOLERANCE
+            assert members in packs_replayed(engine)
+            assert packs_replayed(engine) <= {members, None}
 
 
 def test_a_mixed_batch_gives_each_what_it_gives_alone(
@@ -170,9 +182,7 @@ def test_low_rank_updates_stay_on_the_dense_pack(
     assert (found - expected_logits(base, updated, tokens)[17:]).abs().max() < TOLERANCE
 
 
-def test_own_weights_have_a_copied_pack(
-    engine: Engine, base: Base, make_function: Function, prompt_of: Prompt
-) -> None:
+def test_own_weights_have_a_copied_pack(engine: Engine, base: Base, make_function: Function, prompt_of: Prompt) -> None:
     own = make_function(base, 8, attached="full")
     assert len(engine.generate_all([Request("own", prompt_of(1), own, GREEDY)])["own"].token_ids) == 4
     (pack,) = engine.runner.packs.resident.packs.values()

@@ -28,9 +28,7 @@ Quantization = Annotated[
     str | None,
     typer.Option(help="Of the weights: none, or int8 at half the memory (none). [MASQUERADE_QUANTIZATION]"),
 ]
-EnforceEager = Annotated[
-    bool | None, typer.Option(help="Decode without CUDA graphs (no). [MASQUERADE_ENFORCE_EAGER]")
-]
+EnforceEager = Annotated[bool | None, typer.Option(help="Decode without CUDA graphs (no). [MASQUERADE_ENFORCE_EAGER]")]
 KVCache = Annotated[
     int | None, typer.Option(help="MiB for the running chats' keys and values (8192). [MASQUERADE_KV_CACHE_MB]")
 ]
