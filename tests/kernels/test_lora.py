@@ -178,7 +178,8 @@ def test_own_weights_are_the_reference(
     own = make_attached("full", subnetwork.shape, kept, dtype=np.float32)
     persona = replace(subnetwork, weights=own)
     pack = member_pack(make_weights(intermediate, 24), [persona], FP32)
-    assert pack.num_bytes == LAYERS * 3 * kept * 24 * 4
+    tables = LAYERS * (kept + 24) * 4 if gain else 0  # gains and biases
+    assert pack.num_bytes == pack_bytes([persona], FP32) == LAYERS * 3 * kept * 24 * 4 + tables
     x = torch.randn(tokens, 24)
     for layer in range(LAYERS):
         gate, up, down = (
