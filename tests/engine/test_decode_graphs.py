@@ -208,7 +208,7 @@ def test_whole_conversations_are_what_each_is_alone(
         for i in range(11)
     )
     assert len(recorded) == sum(30 - 2 * i for i in range(11))
-    assert capture.num_replayed > 20
+    assert capture.num_replayed > 5
     alone = make_engine(enforce_eager=True)
     for name, tokens, row in recorded:
         expected = forced_logits(alone, functions[int(name) % 5], tokens, [len(tokens)])[0]

@@ -65,7 +65,13 @@ class Launch:
         return Compiled(made.asm["ptx"], made.asm["cubin"], made.metadata.shared, 32 * self.options["num_warps"])
 
 
-TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+TRITON_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @dataclass
