@@ -34,7 +34,6 @@ from masquerade_kernels.gathered import (
     num_multiprocessors,
 )
 from masquerade_kernels.gathered_blocks import FFNBlocks, choose_blocks
-from masquerade_masks import FFNShape
 
 SHAPES = {"3b": ("Llama-3.2-3B", 3072, 8192), "8b": ("Llama-3.1-8B", 4096, 14336)}  # hidden, intermediate
 POOL = 0.3  # high overlap: masks are drawn from their size and this share of the rest; at 50 %, 65 % together
@@ -156,20 +155,19 @@ def masks(case: Case, intermediate: int, rng: np.random.Generator) -> np.ndarray
     return dense
 
 
-def layer_pack(dense: np.ndarray, hidden: int, device: torch.device) -> tuple[GatheredLayerPack, torch.Tensor]:
+def layer_pack(dense: np.ndarray, weights: GatheredLayer) -> tuple[GatheredLayerPack, torch.Tensor]:
     """The union of masks `[personas, intermediate]`, and their coefficients `[personas + 1, intermediate]`."""
     coefficients = np.concatenate([np.ones((1, dense.shape[1])), dense]).astype(np.float32)
     neurons = np.flatnonzero(dense.any(axis=0)).astype(np.int32)
-    shape = FFNShape(1, dense.shape[1], hidden)
     rows = np.ascontiguousarray(coefficients[:, neurons])
-    return gathered_layer_pack(neurons, rows, shape=shape, device=device), torch.from_numpy(coefficients).to(device)
+    table = torch.from_numpy(coefficients).to(weights.down_t.device)
+    return gathered_layer_pack(weights, neurons, rows), table
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One layer's weights in every form that is compared."""
 
-    stacked: torch.Tensor  # [2 intermediate, hidden], gates first
     down: torch.Tensor  # [hidden, intermediate]
     gathered: GatheredLayer
 
@@ -177,8 +175,7 @@ class Layer:
     def random(cls, hidden: int, intermediate: int, dtype: torch.dtype, device: torch.device) -> Layer:
         stacked = torch.randn(2 * intermediate, hidden, dtype=dtype, device=device) / hidden**0.5
         down = torch.randn(hidden, intermediate, dtype=dtype, device=device) / intermediate**0.5
-        gathered = GatheredLayer(stacked[:intermediate], stacked[intermediate:], down.T.contiguous())
-        return cls(stacked, down, gathered)
+        return cls(down, GatheredLayer(stacked, down.T.contiguous()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +191,7 @@ class Inputs:
     @property
     def union(self) -> float:
         kept = sum(len(pack.neurons) for pack in self.packs)
-        return kept / (len(self.packs) * len(self.layers[0].gathered.gate))
+        return kept / (len(self.packs) * len(self.layers[0].gathered.down_t))
 
 
 def make_inputs(
@@ -203,7 +200,7 @@ def make_inputs(
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     layers = [Layer.random(hidden, intermediate, dtype, device) for _ in range(num_layers)]
-    built = [layer_pack(masks(case, intermediate, rng), hidden, device) for _ in layers]
+    built = [layer_pack(masks(case, intermediate, rng), layer.gathered) for layer in layers]
     # Row 0 is the base; neighbours are of different personas, as in a mixed decode.
     of_token = torch.arange(case.tokens, dtype=torch.int32, device=device) % case.personas + 1
     x = torch.randn(case.tokens, hidden, dtype=dtype, device=device)
@@ -230,7 +227,7 @@ def run_dense(inputs: Inputs) -> torch.Tensor:
 
 def run_dense_pack(inputs: Inputs) -> torch.Tensor:
     for layer, coefficients in zip(inputs.layers, inputs.coefficients, strict=True):
-        gate, up = F.linear(inputs.x, layer.stacked).chunk(2, dim=-1)
+        gate, up = F.linear(inputs.x, layer.gathered.gate_up).chunk(2, dim=-1)
         h = F.silu(gate).mul_(up).mul_(coefficients.index_select(0, inputs.persona_of_token))
         output = h @ layer.gathered.down_t  # the transposed copy serves both, so one copy is enough
     return output

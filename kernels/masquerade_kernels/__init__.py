@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from masquerade_kernels.coefficients import CoefficientTable
-    from masquerade_kernels.gathered import (
-        GatheredLayer,
-        GatheredPack,
-        GatheredSegment,
-        GatheredWeights,
-        gathered_pack,
-        run_gathered_ffn,
-    )
+    from masquerade_kernels.gathered import GatheredLayer, GatheredLayerPack, GatheredWeights, can_gather
     from masquerade_kernels.linear import PackedLinear
     from masquerade_kernels.lora import LoraFactors, LoraLayer, LoraRows, lora_factors, lora_rows
     from masquerade_kernels.packs import (
@@ -27,6 +20,7 @@ if TYPE_CHECKING:
         Pack,
         PackFormat,
         dense_pack,
+        gathered_dense_pack,
         member_pack,
     )
     from masquerade_kernels.persona_ffn import FFNSegment, run_persona_ffn
@@ -40,8 +34,7 @@ __all__ = [
     "FFNSegment",
     "FFNWeights",
     "GatheredLayer",
-    "GatheredPack",
-    "GatheredSegment",
+    "GatheredLayerPack",
     "GatheredWeights",
     "LayerPack",
     "LoraFactors",
@@ -55,15 +48,15 @@ __all__ = [
     "RowOps",
     "Run",
     "Segment",
+    "can_gather",
     "dense_pack",
-    "gathered_pack",
+    "gathered_dense_pack",
     "lora_factors",
     "lora_rows",
     "member_pack",
     "persona_ffn_reference",
     "plan_step",
     "row_ops",
-    "run_gathered_ffn",
     "run_persona_ffn",
 ]
 
@@ -73,8 +66,7 @@ _MODULES = {
     "FFNSegment": "persona_ffn",
     "FFNWeights": "packs",
     "GatheredLayer": "gathered",
-    "GatheredPack": "gathered",
-    "GatheredSegment": "gathered",
+    "GatheredLayerPack": "gathered",
     "GatheredWeights": "gathered",
     "LayerPack": "packs",
     "LoraFactors": "lora",
@@ -88,15 +80,15 @@ _MODULES = {
     "RowOps": "rows",
     "Run": "planner",
     "Segment": "planner",
+    "can_gather": "gathered",
     "dense_pack": "packs",
-    "gathered_pack": "gathered",
+    "gathered_dense_pack": "packs",
     "lora_factors": "lora",
     "lora_rows": "lora",
     "member_pack": "packs",
     "persona_ffn_reference": "reference",
     "plan_step": "planner",
     "row_ops": "rows",
-    "run_gathered_ffn": "gathered",
     "run_persona_ffn": "persona_ffn",
 }
 

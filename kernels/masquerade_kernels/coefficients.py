@@ -19,18 +19,25 @@ class CoefficientTable:
     Low-rank updates come and go with their persona's row, in `dtype`, over every neuron.
 
     Rows belong to the personas used last and are overwritten in that order, so an idle persona holds none. The
-    table doubles from 8 rows up to `max_personas + 1`, and `rows_of` is asked for at most `max_personas` at once.
+    table doubles from 8 rows up to `max_personas + 1`, and `rows_of` is asked for at most `max_personas` at once. One
+    that is `whole` has all rows from the start, where they stay: what was captured in a CUDA graph reads them.
     """
 
     def __init__(
-        self, shape: FFNShape, max_personas: int, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        shape: FFNShape,
+        max_personas: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        whole: bool = False,
     ) -> None:
         self._shape = shape
         self._dtype = dtype
         self._max_rows = max_personas + 1
         self._device = device
         self._row_of: OrderedDict[str, int] = OrderedDict()  # least recently used first
-        num_rows = min(8, self._max_rows)
+        num_rows = self._max_rows if whole else min(8, self._max_rows)
         self._scales = torch.ones(
             shape.num_layers, num_rows, shape.intermediate_size, dtype=torch.float32, device=device
         )
@@ -52,10 +59,13 @@ class CoefficientTable:
         """Float32 `[num_rows, intermediate]`."""
         return self._scales[layer]
 
-    def biases(self, layer: int, digests: Iterable[str]) -> torch.Tensor | None:
-        """Float32 `[num_rows, hidden]`; None where none of these personas has biases."""
-        if self._biases is None or self._biased.isdisjoint(digests):
-            return None
+    def has_biases(self, digests: Iterable[str]) -> bool:
+        """Whether any of these personas, which have rows, has biases."""
+        return not self._biased.isdisjoint(digests)
+
+    def biases(self, layer: int) -> torch.Tensor:
+        """Float32 `[num_rows, hidden]`, once some persona has any."""
+        assert self._biases is not None, "no persona has biases"
         return self._biases[layer]
 
     @property

@@ -9,28 +9,19 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from masquerade_kernels.gathered_blocks import FFNBlocks, choose_blocks
-from masquerade_kernels.packs import FFNWeights
-from masquerade_masks import (
-    EmptyLayer,
-    FFNShape,
-    MaskFormatError,
-    MaskIndexError,
-    MaskShapeError,
-    NonFiniteMask,
-    SettingError,
-    SubNetwork,
-)
+from masquerade_masks import EmptyLayer, MaskIndexError, MaskShapeError, NonFiniteMask, SettingError
 
-BASE_ROW = 0
+if TYPE_CHECKING:
+    from masquerade_kernels.packs import FFNWeights
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)  # bf16 on tensor cores and asynchronous copies
@@ -39,166 +30,121 @@ _INTERPRETER_SMS = 4  # so that tiny shapes are split as large ones are on a GPU
 
 @dataclass(frozen=True, slots=True)
 class GatheredLayer:
-    """One layer of the base with down transposed: contiguous, of one dtype, on one device.
+    """One layer of the base, gate and up stacked and down transposed: contiguous, of one dtype, on one device.
 
-    Gate and up may be views of one stacked matrix. Raises `MaskShapeError` for tensors that are not so.
+    Raises `MaskShapeError` for tensors that are not so.
     """
 
-    gate: torch.Tensor  # [intermediate, hidden]
-    up: torch.Tensor  # [intermediate, hidden]
+    gate_up: torch.Tensor  # [2 intermediate, hidden]: the gates first
     down_t: torch.Tensor  # [intermediate, hidden]
 
     def __post_init__(self) -> None:
-        for name, weight in (("gate", self.gate), ("up", self.up), ("down_t", self.down_t)):
-            if weight.dim() != 2 or weight.shape != self.gate.shape:
-                raise MaskShapeError(
-                    f"{name} is [intermediate, hidden] like gate, {list(self.gate.shape)}; this is {list(weight.shape)}"
-                )
-            if weight.dtype not in _DTYPES or (weight.dtype, weight.device) != (self.gate.dtype, self.gate.device):
+        for name, weight in (("gate_up", self.gate_up), ("down_t", self.down_t)):
+            if weight.dtype not in _DTYPES or (weight.dtype, weight.device) != (self.down_t.dtype, self.down_t.device):
                 raise MaskShapeError(
                     f"gathered weights are all bfloat16, float16 or float32 on one device; {name} is {weight.dtype} "
-                    f"on {weight.device} and gate {self.gate.dtype} on {self.gate.device}"
+                    f"on {weight.device} and down_t {self.down_t.dtype} on {self.down_t.device}"
                 )
-            if not weight.is_contiguous():
-                raise MaskShapeError(f"{name} is not contiguous: a neuron must be one row of memory")
+            if weight.dim() != 2 or not weight.is_contiguous():
+                raise MaskShapeError(f"{name} is not a contiguous matrix: a neuron must be one row of memory")
+        num_neurons, hidden_size = self.down_t.shape
+        if self.gate_up.shape != (2 * num_neurons, hidden_size):
+            raise MaskShapeError(
+                f"gate_up is [2 intermediate, hidden] and down_t [intermediate, hidden]; these are "
+                f"{list(self.gate_up.shape)} and {list(self.down_t.shape)}"
+            )
+
+    @property
+    def gate(self) -> torch.Tensor:
+        """`[intermediate, hidden]`, a view."""
+        return self.gate_up[: len(self.down_t)]
+
+    @property
+    def up(self) -> torch.Tensor:
+        """`[intermediate, hidden]`, a view."""
+        return self.gate_up[len(self.down_t) :]
 
 
 @dataclass(frozen=True, slots=True)
 class GatheredWeights:
-    """A base's FFN weights as gathered packs read them, shared by all packs."""
+    """A base's FFN weights on the device, which the dense pack and all gathered packs read."""
 
     layers: tuple[GatheredLayer, ...]
 
     @classmethod
     def of(cls, weights: FFNWeights, *, dtype: torch.dtype, device: torch.device) -> GatheredWeights:
-        """Copies on `device`, of down transposed; gate and up are taken as they are where they fit."""
+        """Copies on `device`, one layer after the other."""
         return cls(
             tuple(
                 GatheredLayer(
-                    layer.gate.to(device, dtype).contiguous(),
-                    layer.up.to(device, dtype).contiguous(),
+                    torch.cat([layer.gate.to(device, dtype), layer.up.to(device, dtype)]),
                     layer.down.to(device, dtype).T.contiguous(),
                 )
                 for layer in weights.layers()
             )
         )
 
-    @property
-    def shape(self) -> FFNShape:
-        intermediate_size, hidden_size = self.layers[0].gate.shape
-        return FFNShape(len(self.layers), intermediate_size, hidden_size)
+
+class TransposedLinear:
+    """`y = x W`, for a frozen weight that is held `[in_features, out_features]` and shared."""
+
+    def __init__(self, weight_t: torch.Tensor) -> None:
+        self.in_features, self.out_features = weight_t.shape
+        self.num_bytes = weight_t.nbytes
+        self._weight_t = weight_t
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`[num_rows, in_features]` to `[num_rows, out_features]`; `x` has the weight's dtype."""
+        return x @ self._weight_t
 
 
 @dataclass(frozen=True, slots=True)
 class GatheredLayerPack:
-    """One layer's neuron set U and what its members make of it.
+    """One layer's neuron set U, as rows of the base's weights, and what its members make of it.
 
     Built by `gathered_layer_pack`, which checks the values; here only shapes are known.
     """
 
+    weights: GatheredLayer
     neurons: torch.Tensor  # int32 [|U|], ascending
-    coefficients: torch.Tensor  # float32 [num_rows, |U|]: row 0 ones, 0 outside a persona's mask
-    biases: torch.Tensor | None = None  # float32 [num_rows, hidden]
-
-
-@dataclass(frozen=True, slots=True)
-class GatheredPack:
-    """All layers over one set of personas; U may be of another size in each."""
-
-    layers: tuple[GatheredLayerPack, ...]
-    row_of: Mapping[str | None, int]  # digest to row of the coefficients; None, the base, where U is every neuron
+    coefficients: torch.Tensor | None = None  # float32 [num_members, |U|], 0 outside a mask; None: all of them 1
+    biases: torch.Tensor | None = None  # float32 [num_members, hidden]
 
     @property
     def num_bytes(self) -> int:
-        """What the pack holds beside the base's weights."""
-        return sum(
-            layer.neurons.nbytes + layer.coefficients.nbytes + (0 if layer.biases is None else layer.biases.nbytes)
-            for layer in self.layers
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class GatheredSegment:
-    """Consecutive rows of a step and the pack they run on; may be empty."""
-
-    start: int
-    stop: int
-    pack: GatheredPack
-    persona_of_token: torch.Tensor  # int32 or int64 [stop - start]: rows of the pack's coefficients
-
-
-def gathered_pack(subnetworks: Sequence[SubNetwork], *, device: torch.device, with_base: bool = False) -> GatheredPack:
-    """The union of these personas' masks, layer by layer; every neuron if the base is a member too.
-
-    Raises `MaskShapeError` for personas of different shapes or none at all.
-    """
-    if not subnetworks:
-        raise MaskShapeError("a gathered pack has at least one persona")
-    shape = subnetworks[0].shape
-    if any(subnetwork.shape != shape for subnetwork in subnetworks):
-        raise MaskShapeError(f"the personas of a gathered pack are of one base; the first is of {shape}")
-    if any(subnetwork.attached for subnetwork in subnetworks):
-        raise MaskFormatError("a gathered pack reads the base's own rows, and holds no attached weights")
-    members = {subnetwork.digest: subnetwork for subnetwork in subnetworks}
-    rows: dict[str | None, int] = {digest: row for row, digest in enumerate(members, start=1)}
-    if with_base:
-        rows[None] = BASE_ROW
-    layers = _layer_packs(list(members.values()), shape, device, with_base)
-    return GatheredPack(tuple(layers), rows)
-
-
-def _layer_packs(
-    members: list[SubNetwork], shape: FFNShape, device: torch.device, with_base: bool
-) -> Iterator[GatheredLayerPack]:
-    coefficients = [member.coefficients() for member in members]  # each float32 [num_layers, intermediate]
-    kept = [member.mask.to_dense() for member in members]
-    biases = _bias_rows(members, shape)
-    for layer in range(shape.num_layers):
-        used = np.logical_or.reduce([dense[layer] for dense in kept]) | with_base
-        neurons = np.flatnonzero(used).astype(np.int32)
-        rows = np.stack([np.ones(neurons.size, np.float32), *(table[layer, neurons] for table in coefficients)])
-        yield gathered_layer_pack(
-            neurons, rows, None if biases is None else biases[layer], shape=shape, layer=layer, device=device
-        )
-
-
-def _bias_rows(members: list[SubNetwork], shape: FFNShape) -> npt.NDArray[np.float32] | None:
-    """Float32 `[num_layers, num_rows, hidden]`, zero where a member has none; None where no member has any."""
-    if all(member.bias is None for member in members):
-        return None
-    rows = np.zeros((shape.num_layers, len(members) + 1, shape.hidden_size), dtype=np.float32)
-    for row, member in enumerate(members, start=1):
-        biases = member.biases()
-        if biases is not None:
-            rows[:, row] = biases
-    return rows
+        """What it holds beside the base's weights."""
+        tables = (self.neurons, self.coefficients, self.biases)
+        return sum(0 if table is None else table.nbytes for table in tables)
 
 
 def gathered_layer_pack(
+    weights: GatheredLayer,
     neurons: npt.NDArray[np.int32],
-    coefficients: npt.NDArray[np.float32],
+    coefficients: npt.NDArray[np.float32] | None = None,
     biases: npt.NDArray[np.float32] | None = None,
     *,
-    shape: FFNShape,
-    device: torch.device,
     layer: int = 0,
 ) -> GatheredLayerPack:
-    """One layer from host arrays: `neurons` [|U|], `coefficients` [num_rows, |U|], `biases` [num_rows, hidden].
+    """One layer from host arrays: `neurons` [|U|], `coefficients` [num_members, |U|], `biases` [num_members, hidden].
 
     The kernels read the rows that `neurons` names without looking, so they are checked here. Raises `EmptyLayer`,
     `MaskShapeError`, `MaskIndexError` (out of range, not ascending) and `NonFiniteMask`.
     """
-    _check_neurons(neurons, shape.intermediate_size, layer)
-    _check_rows("coefficients", coefficients, neurons.size, layer)
+    intermediate_size, hidden_size = weights.down_t.shape
+    _check_neurons(neurons, intermediate_size, layer)
+    if coefficients is not None:
+        _check_rows("coefficients", coefficients, neurons.size, layer)
     if biases is not None:
-        _check_rows("biases", biases, shape.hidden_size, layer)
-        if len(biases) != len(coefficients):
+        _check_rows("biases", biases, hidden_size, layer)
+        if coefficients is not None and len(biases) != len(coefficients):
             raise MaskShapeError(
                 f"biases have a row for each of the coefficients': {len(coefficients)}, not {len(biases)}"
             )
+    device = weights.down_t.device
     return GatheredLayerPack(
+        weights,
         torch.from_numpy(neurons).to(device),
-        torch.from_numpy(coefficients).to(device),
+        None if coefficients is None else torch.from_numpy(coefficients).to(device),
         None if biases is None else torch.from_numpy(biases).to(device),
     )
 
@@ -224,7 +170,7 @@ def _check_rows(name: str, rows: npt.NDArray[np.float32], columns: int, layer: i
         raise NonFiniteMask(name, layer)
 
 
-def is_available(device: torch.device) -> bool:
+def can_gather(device: torch.device) -> bool:
     """Whether gathered packs run there: a CUDA GPU of compute capability 8.0 or newer, with triton installed.
 
     The CPU counts while `TRITON_INTERPRET=1` is set, for tests.
@@ -234,44 +180,6 @@ def is_available(device: torch.device) -> bool:
     if device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1"
     return device.type == "cuda" and torch.version.hip is None and _capability(device) >= _LEAST_CAPABILITY
-
-
-def run_gathered_ffn(
-    hidden: torch.Tensor,  # [num_tokens, hidden], in the weights' dtype
-    layer: int,
-    segments: Sequence[GatheredSegment],  # cover all rows, in order
-    weights: GatheredWeights,
-) -> torch.Tensor:
-    """`[num_tokens, hidden]`: every row through its segment's pack under its own persona's coefficients.
-
-    One launch of each kernel a segment: one union of all personas reads fewer bytes than a pack each, so a step has
-    few segments. Nothing waits for the device, so calls can be captured in a CUDA graph. Raises `SettingError` where
-    gathered packs do not run.
-    """
-    base = weights.layers[layer]
-    assert hidden.dtype == base.gate.dtype, f"weights of {base.gate.dtype} were given {hidden.dtype}"
-    assert hidden.is_contiguous(), "kernels read whole rows"
-    assert hidden.shape[1] == base.gate.shape[1], "rows are of the hidden size"
-    out = torch.empty_like(hidden)
-    done = 0
-    for segment in segments:
-        assert segment.start == done, "segments cover the rows in order"
-        done = segment.stop
-        if segment.start < segment.stop:
-            rows = slice(segment.start, segment.stop)
-            _run_segment(hidden[rows], base, segment.pack.layers[layer], segment.persona_of_token, out[rows])
-    assert done == len(hidden), "segments cover all rows"
-    return out
-
-
-def _run_segment(
-    hidden: torch.Tensor,
-    base: GatheredLayer,
-    pack: GatheredLayerPack,
-    persona_of_token: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    gathered_ffn(hidden, base, pack.neurons, pack.coefficients, persona_of_token, pack.biases, out=out)
 
 
 def gathered_ffn(
@@ -285,11 +193,18 @@ def gathered_ffn(
     out: torch.Tensor | None = None,  # [num_tokens, hidden]
     blocks: FFNBlocks | None = None,  # None: the table's
 ) -> torch.Tensor:
-    """One segment's FFN over the rows U. Raises `SettingError` where gathered packs do not run."""
+    """One segment's FFN over the rows U, `[num_tokens, hidden]`.
+
+    Nothing waits for the device, so calls can be captured in a CUDA graph. Raises `SettingError` where gathered packs
+    do not run.
+    """
     kernels = _kernels(hidden.device)
+    assert hidden.dtype == weights.down_t.dtype, f"weights of {weights.down_t.dtype} were given {hidden.dtype}"
+    assert hidden.is_contiguous(), "kernels read whole rows"
+    assert hidden.shape[1] == weights.down_t.shape[1], "rows are of the hidden size"
     (num_tokens, hidden_size), num_neurons = hidden.shape, len(neurons)
     if coefficients is not None:
-        _check_table(coefficients, (num_neurons, len(weights.gate)), persona_of_token, num_tokens)
+        _check_table(coefficients, (num_neurons, len(weights.down_t)), persona_of_token, num_tokens)
     if biases is not None:
         _check_table(biases, (hidden_size,), persona_of_token, num_tokens)
     if out is None:
@@ -302,18 +217,20 @@ def gathered_ffn(
             itemsize=hidden.dtype.itemsize,
             num_sms=num_multiprocessors(hidden.device),
         )
-    kernels.launch(
-        hidden,
-        weights.gate,
-        weights.up,
-        weights.down_t,
-        neurons,
-        coefficients,
-        persona_of_token,
-        biases,
-        out,
-        blocks,
-    )
+    # Triton launches on the thread's current device, whatever it is given.
+    with torch.cuda.device_of(hidden):  # type: ignore[no-untyped-call]
+        kernels.launch(
+            hidden,
+            weights.gate,
+            weights.up,
+            weights.down_t,
+            neurons,
+            coefficients,
+            persona_of_token,
+            biases,
+            out,
+            blocks,
+        )
     return out
 
 
@@ -342,7 +259,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType:
-    if not is_available(device):
+    if not can_gather(device):
         raise SettingError(
             "device",
             f"gathered packs need triton and a CUDA GPU of compute capability 8.0 or newer, and {device} is none",

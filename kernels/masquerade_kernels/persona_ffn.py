@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from masquerade_kernels.coefficients import CoefficientTable
+from masquerade_kernels.gathered import GatheredLayerPack, gathered_ffn
 from masquerade_kernels.lora import LoraRows
 from masquerade_kernels.packs import Pack
 from masquerade_kernels.rows import RowOps
@@ -22,7 +23,7 @@ class FFNSegment:
     pack: Pack
     personas: torch.Tensor | None = None  # int64 [stop - start]: each row's row of the coefficients; None: all 1
     table: CoefficientTable | None = None  # whose rows these are; None: the pack's own
-    digests: frozenset[str] = frozenset()  # the personas among them, where they are the table's
+    biased: bool = False  # whether any of the personas has biases, where they are the table's
     loras: tuple[LoraRows, ...] = ()  # of the personas among them that have low-rank updates
 
     def coefficients(self, layer: int) -> torch.Tensor | None:
@@ -35,7 +36,9 @@ class FFNSegment:
         """Float32 `[num_personas, hidden]`; None where nobody has any."""
         if self.personas is None:
             return None
-        return self.pack.layers[layer].biases if self.table is None else self.table.biases(layer, self.digests)
+        if self.table is None:
+            return self.pack.layers[layer].biases
+        return self.table.biases(layer) if self.biased else None
 
 
 def run_persona_ffn(
@@ -52,6 +55,10 @@ def run_persona_ffn(
 
 def _run_segment(hidden: torch.Tensor, layer: int, segment: FFNSegment, rows: RowOps) -> torch.Tensor:
     pack = segment.pack.layers[layer]
+    if isinstance(pack, GatheredLayerPack):
+        assert not segment.loras, "gathered packs hold nobody with low-rank updates"
+        scales, biases = segment.coefficients(layer), segment.biases(layer)
+        return gathered_ffn(hidden, pack.weights, pack.neurons, scales, segment.personas, biases)
     gate_up = pack.gate_up(hidden)
     for lora in segment.loras:
         lora.add_gate_up(layer, hidden, gate_up)

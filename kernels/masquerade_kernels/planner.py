@@ -39,20 +39,30 @@ class RowCosts:
     """What a dense layer's FFN takes for a number of rows on this device, measured at a few and read between them.
 
     A pack of a share of the neurons takes that share of it, and every segment `per_segment` beside: the fixed part of
-    three calls and of putting the rows together again.
+    three calls and of putting the rows together again. Gathered packs run other kernels than the dense one, so they
+    have a curve of their own, of which they take their share.
     """
 
     points: tuple[tuple[int, float], ...]  # (rows, microseconds), ascending
     per_segment: float = 0.0  # microseconds
+    gathered: tuple[tuple[int, float], ...] = ()  # as `points`, for packs other than the dense one; empty: as that one
 
     def __call__(self, num_rows: int) -> float:
-        """Microseconds, linear between the points and beyond the last."""
-        if num_rows == 0:
-            return 0.0
-        rows = [point[0] for point in self.points]
-        at = min(max(bisect_right(rows, num_rows), 1), len(rows) - 1)
-        (low, low_us), (high, high_us) = self.points[at - 1], self.points[at]
-        return low_us + (high_us - low_us) * max(0, num_rows - low) / (high - low)
+        """Microseconds on the dense pack, linear between the points and beyond the last."""
+        return _between(self.points, num_rows)
+
+    def on(self, pack: PackFacts | None, num_rows: int) -> float:
+        """Microseconds on a pack; None: the dense one."""
+        return self(num_rows) if pack is None else pack.fraction * _between(self.gathered or self.points, num_rows)
+
+
+def _between(points: Sequence[tuple[int, float]], num_rows: int) -> float:
+    if num_rows == 0:
+        return 0.0
+    rows = [point[0] for point in points]
+    at = min(max(bisect_right(rows, num_rows), 1), len(rows) - 1)
+    (low, low_us), (high, high_us) = points[at - 1], points[at]
+    return low_us + (high_us - low_us) * max(0, num_rows - low) / (high - low)
 
 
 # Two threads of an AVX512-BF16 machine, a layer of 1,536 neurons of 576 in bf16 (benchmarks/planner_thresholds.py).
@@ -76,8 +86,8 @@ def plan_step(
 
     It starts with everything on the smallest pack that covers it all (the dense one, if no other does), or with each
     persona on the smallest of its own, whichever is cheaper. Then, as long as it lowers the step's cost, everything
-    that some pack covers (or only its prompt chunks) moves there. Within a segment runs stay in the order given.
-    Runs of a persona with weights of its own have no choice: they go through the pack under its digest.
+    that some pack or the dense one covers (or only its prompt chunks) moves there. Within a segment runs stay in the
+    order given. Runs of a persona with weights of its own have no choice: they go through the pack under its digest.
     """
     items = _items(runs)
     own, free = [item for item in items if item.own], [item for item in items if not item.own]
@@ -97,8 +107,8 @@ def _cheapest(
     cost = _cost(items, placed, resident, costs)
     while True:
         best, best_cost = placed, cost
-        for key in useful:
-            covered = [i for i, item in enumerate(items) if item.persona in resident[key].members]
+        for key in (*useful, None):
+            covered = [i for i, item in enumerate(items) if key is None or item.persona in resident[key].members]
             for movers in (covered, [i for i in covered if i in chunks]):
                 trial = list(placed)
                 for i in movers:
@@ -143,8 +153,7 @@ def _cost(
     for item, key in zip(items, placed, strict=True):
         rows[key] = rows.get(key, 0) + item.num_rows
     return sum(
-        costs.per_segment + (1.0 if key is None else resident[key].fraction) * costs(num_rows)
-        for key, num_rows in rows.items()
+        costs.per_segment + costs.on(None if key is None else resident[key], num_rows) for key, num_rows in rows.items()
     )
 
 

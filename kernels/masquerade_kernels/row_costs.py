@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from masquerade_kernels.packs import LayerPack
+from masquerade_kernels.gathered import GatheredWeights, gathered_layer_pack
+from masquerade_kernels.packs import Pack
+from masquerade_kernels.persona_ffn import FFNSegment, run_persona_ffn
 from masquerade_kernels.planner import RowCosts
 from masquerade_kernels.rows import RowOps
 
@@ -17,24 +19,51 @@ _LAYERS = 8  # taken in turn, so that not all of them are in the cache
 
 
 @torch.inference_mode()
-def measure_row_costs(layers: Sequence[LayerPack], dtype: torch.dtype, device: torch.device, rows: RowOps) -> RowCosts:
-    """What a dense layer takes for a few numbers of rows; a third of a second on SmolLM2-135M."""
-    taken = layers[:: max(1, len(layers) // _LAYERS)][:_LAYERS]
-    _microseconds(taken, torch.zeros(1, taken[0].gate_up.in_features, dtype=dtype, device=device), rows)
-    points: list[tuple[int, float]] = []
-    for num_rows in _POINTS:
-        hidden = torch.zeros(num_rows, taken[0].gate_up.in_features, dtype=dtype, device=device)
-        fastest = min(_microseconds(taken, hidden, rows) for _ in range(_REPEATS))
-        points.append((num_rows, max(fastest, points[-1][1] if points else 0.0)))
-    return RowCosts(tuple(points), per_segment=_segment_cost(dtype, device, taken[0].gate_up.in_features))
+def measure_row_costs(
+    dense: Pack,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: RowOps,
+    gathered: GatheredWeights | None,
+) -> RowCosts:
+    """What a layer takes for a few numbers of rows: dense, and where packs gather, as a gathered one.
+
+    A third of a second on SmolLM2-135M.
+    """
+
+    def curve(pack: Pack) -> tuple[tuple[int, float], ...]:
+        _microseconds(pack, torch.zeros(1, hidden_size, dtype=dtype, device=device), rows)
+        points: list[tuple[int, float]] = []
+        for num_rows in _POINTS:
+            hidden = torch.zeros(num_rows, hidden_size, dtype=dtype, device=device)
+            fastest = min(_microseconds(pack, hidden, rows) for _ in range(_REPEATS)) / pack.fraction
+            points.append((num_rows, max(fastest, points[-1][1] if points else 0.0)))
+        return tuple(points)
+
+    return RowCosts(
+        curve(dense),
+        per_segment=_segment_cost(dtype, device, hidden_size),
+        gathered=() if gathered is None else curve(_every_other_neuron(gathered)),
+    )
 
 
-def _microseconds(layers: Sequence[LayerPack], hidden: torch.Tensor, rows: RowOps) -> float:
+def _every_other_neuron(weights: GatheredWeights) -> Pack:
+    """A gathered pack of the usual size: what launches take beside the neurons is in its share."""
+    num_neurons = len(weights.layers[0].down_t)
+    neurons = np.arange(0, num_neurons, 2, dtype=np.int32)
+    layers = tuple(gathered_layer_pack(layer, neurons) for layer in weights.layers)
+    return Pack(layers, (), len(neurons) / num_neurons)
+
+
+def _microseconds(pack: Pack, hidden: torch.Tensor, rows: RowOps) -> float:
     """Of one layer."""
+    layers = range(len(pack.layers))[:: max(1, len(pack.layers) // _LAYERS)][:_LAYERS]
+    segments = [FFNSegment(0, len(hidden), pack)]
     _wait(hidden.device)
     began = time.perf_counter()
     for layer in layers:
-        layer.down(rows.swiglu(layer.gate_up(hidden), None, None))
+        run_persona_ffn(hidden, layer, segments, rows)
     _wait(hidden.device)
     return 1e6 * (time.perf_counter() - began) / len(layers)
 

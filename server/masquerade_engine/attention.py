@@ -85,14 +85,11 @@ class TorchAttention:
         positions = [span.start + i for span in spans for i in range(span.num_tokens)]
         self._rows = kv.rows(slots, positions)
         at = torch.tensor(positions, device=device)
-        self._cos, self._sin = rotary.cos[at][:, None], rotary.sin[at][:, None]  # [num_rows, 1, head_dim / 2]
+        self._cos, self._sin = rotary.cos[at], rotary.sin[at]  # [num_rows, head_dim / 2]
 
     def attend(self, layer: int, shape: AttentionShape, qkv: torch.Tensor) -> torch.Tensor:
-        heads = qkv.view(len(qkv), -1, shape.head_dim)
-        query, key, value = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
-        query = self._rotated(_normed(query, shape.query_norm)).transpose(0, 1)  # [heads, num_rows, head_dim]
-        key = self._rotated(_normed(key, shape.key_norm)).transpose(0, 1)
-        self._kv.write(layer, self._rows, key, value.transpose(0, 1))
+        query, key, value = _rotated_heads(qkv, shape, self._cos, self._sin)
+        self._kv.write(layer, self._rows, key, value)
         grouped = query.view(shape.num_kv_heads, -1, *query.shape[1:])  # [kv_heads, group, num_rows, head_dim]
         attended = qkv.new_empty(len(qkv), shape.num_heads, shape.head_dim)
         for tile in self._tiles:
@@ -103,12 +100,6 @@ class TorchAttention:
             chunk = self._prefill(layer, span, grouped[:, :, rows], shape.scaling, shape.window)
             attended[rows] = chunk.flatten(0, 1).transpose(0, 1)
         return attended.flatten(1)
-
-    def _rotated(self, heads: torch.Tensor) -> torch.Tensor:
-        """`[num_rows, num_heads, head_dim]`, rotated in float32."""
-        low, high = heads.float().chunk(2, dim=-1)
-        rotated = (low * self._cos - high * self._sin, high * self._cos + low * self._sin)
-        return torch.cat(rotated, dim=-1).to(heads.dtype)
 
     def _decode(
         self,
@@ -183,6 +174,49 @@ class TorchAttention:
         return self._chunk_masks[span, window]
 
 
+class SlotAttention:
+    """Decoding rows of the first slots: row i is a token of slot i, at position -1 where it is nobody's.
+
+    Everything is computed from `positions` and of fixed shape, so that a captured step is right for other positions as
+    well. Every row reads `num_keys` keys under a mask. A row that is nobody's writes where nobody reads, and sees the
+    first key of its slot.
+    """
+
+    def __init__(self, kv: KVCache, rotary: RotaryTable, positions: torch.Tensor, num_keys: int) -> None:
+        """`positions` is int64 `[num_rows]`, each below `num_keys`."""
+        self._kv = kv
+        self._rows = kv.rows_by_slot(positions)
+        self._last = positions.clamp(min=0)
+        self._cos, self._sin = (table.index_select(0, self._last) for table in (rotary.cos, rotary.sin))
+        self._num_keys = num_keys
+        self._masks: dict[tuple[int | None, torch.dtype], torch.Tensor] = {}
+
+    def attend(self, layer: int, shape: AttentionShape, qkv: torch.Tensor) -> torch.Tensor:
+        num_rows = len(qkv)
+        query, key, value = _rotated_heads(qkv, shape, self._cos, self._sin)
+        self._kv.write(layer, self._rows, key, value)
+        grouped = query.view(shape.num_kv_heads, -1, *query.shape[1:])  # [kv_heads, group, num_rows, head_dim]
+        attended = F.scaled_dot_product_attention(
+            grouped.permute(2, 0, 1, 3),
+            self._kv.keys[layer][:num_rows, :, : self._num_keys],
+            self._kv.values[layer][:num_rows, :, : self._num_keys],
+            attn_mask=self._mask(shape.window, qkv.dtype),
+            scale=shape.scaling,
+        )
+        return attended.flatten(1)
+
+    def _mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive `[num_rows, 1, 1, num_keys]`."""
+        if (window, dtype) not in self._masks:
+            key = torch.arange(self._num_keys, device=self._last.device)
+            hidden = key > self._last[:, None]
+            if window is not None:
+                hidden |= key <= self._last[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self._masks[window, dtype] = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+        return self._masks[window, dtype]
+
+
 def causal_mask(span: Span, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
     """Additive `[num_tokens, num_keys]` for a prompt chunk; None where plain causal attention is meant."""
     if span.start == 0 and (window is None or span.num_keys <= window):
@@ -193,6 +227,22 @@ def causal_mask(span: Span, window: int | None, dtype: torch.dtype, device: torc
     if window is not None:
         hidden |= key <= query - window
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+
+
+def _rotated_heads(
+    qkv: torch.Tensor, shape: AttentionShape, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, `[num_heads, num_rows, head_dim]` each; `cos` and `sin` `[num_rows, head_dim / 2]`."""
+    heads = qkv.view(len(qkv), -1, shape.head_dim).transpose(0, 1)
+    query, key, value = torch.split(heads, [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads])
+    query, key = _normed(query, shape.query_norm), _normed(key, shape.key_norm)
+    return _rotated(query, cos, sin), _rotated(key, cos, sin), value
+
+
+def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """In float32."""
+    low, high = heads.float().chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(heads.dtype)
 
 
 def _normed(heads: torch.Tensor, norm: Norm | None) -> torch.Tensor:

@@ -88,6 +88,17 @@ class Decoder:
         keep: torch.Tensor,  # int64 [num_kept]: rows whose logits are wanted
     ) -> torch.Tensor:
         """Logits `[num_kept, vocab]`."""
+        return self.logits(self.hidden(token_ids, attention, ffn), keep)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+        """Logits `[num_kept, vocab]` of some rows of `hidden`'s output."""
+        logits: torch.Tensor = self._head(hidden.index_select(0, keep))
+        return logits
+
+    @torch.inference_mode()
+    def hidden(self, token_ids: torch.Tensor, attention: StepAttention, ffn: FFN) -> torch.Tensor:
+        """All layers and the last norm, `[num_rows, hidden]`."""
         rows, layers = self._rows, self._layers
         x = F.embedding(token_ids, self._embedding)
         normed = rows.norm(x, layers[0].input_norm)
@@ -97,8 +108,7 @@ class Decoder:
             is_last = index + 1 == len(layers)
             norm = self._last_norm if is_last else layers[index + 1].input_norm
             normed = rows.add_norm(x, ffn(index, normed), norm)
-        logits: torch.Tensor = self._head(normed.index_select(0, keep))
-        return logits
+        return normed
 
 
 class _Recorder:

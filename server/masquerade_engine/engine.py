@@ -55,6 +55,7 @@ class Engine:
             num_blocks=num_blocks,
             pack_cache_bytes=settings.pack_cache_bytes,
             int8=settings.quantization == "int8",
+            enforce_eager=settings.enforce_eager,
         )
         self.scheduler = Scheduler(
             SchedulerLimits(

@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,22 +49,25 @@ class KVGeometry:
 class KVCache:
     """`[num_layers, 2, num_slots, kv_heads, max_len, head_dim]`, and the same in blocks of `BLOCK` tokens.
 
-    A token's address within a layer is that of its first head's row; `write` takes the rows of all heads.
+    A token's address within a layer is that of its first head's row; `write` takes the rows of all heads. Behind the
+    last slot lies one token more, which nobody reads: what a step computes for rows that are nobody's goes there.
     """
 
     def __init__(
         self, geometry: KVGeometry, num_slots: int, max_len: int, num_blocks: int, device: torch.device
     ) -> None:
         g = geometry
-        self._memory = LazyZeros((g.num_layers, 2, num_slots, g.num_kv_heads, max_len, g.head_dim), g.dtype, device)
-        self._slots = self._memory.tensor
+        num_rows = num_slots * g.num_kv_heads * max_len  # of a layer's keys, and of its values
+        self._memory = LazyZeros((g.num_layers, 2, num_rows + g.num_kv_heads, g.head_dim), g.dtype, device)
+        rows = self._memory.tensor
+        self._slots = rows[:, :, :num_rows].view(g.num_layers, 2, num_slots, g.num_kv_heads, max_len, g.head_dim)
         blocks = LazyZeros((g.num_layers, 2, num_blocks, g.num_kv_heads, BLOCK, g.head_dim), g.dtype, device)
         self._blocks = blocks.tensor
         # [num_slots, kv_heads, max_len, head_dim] a layer
         self.keys = [layer[0] for layer in self._slots]
         self.values = [layer[1] for layer in self._slots]
-        self._key_rows = [keys.view(-1, g.head_dim) for keys in self.keys]
-        self._value_rows = [values.view(-1, g.head_dim) for values in self.values]
+        self._key_rows = [layer[0] for layer in rows]
+        self._value_rows = [layer[1] for layer in rows]
         self._heads = torch.arange(g.num_kv_heads, device=device)[:, None]
         self._num_kv_heads = g.num_kv_heads
         self._max_len = max_len
@@ -73,7 +77,17 @@ class KVCache:
         """Where tokens' keys and values live: int64 `[kv_heads * num_tokens]`, heads first."""
         slot = torch.tensor(slots, device=self._device)
         position = torch.tensor(positions, device=self._device)
-        return ((slot * self._num_kv_heads + self._heads) * self._max_len + position).flatten()
+        return self._at(slot, position).flatten()
+
+    def rows_by_slot(self, positions: torch.Tensor) -> torch.Tensor:
+        """As `rows`, of a token in each of the first slots, int64 `[num_tokens]`; at -1: where nobody reads."""
+        slot = torch.arange(len(positions), device=self._device)
+        nowhere = self._slots[0, 0].numel() // self._slots.shape[-1] + self._heads
+        return torch.where(positions < 0, nowhere, self._at(slot, positions)).flatten()
+
+    def _at(self, slot: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Int64 `[kv_heads, num_tokens]`."""
+        return (slot * self._num_kv_heads + self._heads) * self._max_len + position
 
     def write(self, layer: int, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Put `key` and `value`, `[kv_heads, num_tokens, head_dim]`, at `rows`."""
@@ -94,12 +108,11 @@ class KVCache:
 
     def trim(self, slot: int, start: int, stop: int) -> None:
         """Give the memory of a slot's tokens from `start` up to `stop` back; what they held reads as anything."""
-        num_layers, two, num_slots, heads, max_len, head_dim = self._slots.shape
-        token = head_dim * self._slots.itemsize  # bytes of one token in one head
-        for row in range(num_layers * two):
-            for head in range(heads):
-                first = ((row * num_slots + slot) * heads + head) * max_len * token
-                self._memory.give_back(first + start * token, first + stop * token)
+        num_layers, two, _, heads, _, _ = self._slots.shape
+        strides = [stride * self._slots.itemsize for stride in self._slots.stride()]  # bytes
+        for layer, side, head in product(range(num_layers), range(two), range(heads)):
+            first = layer * strides[0] + side * strides[1] + slot * strides[2] + head * strides[3]
+            self._memory.give_back(first + start * strides[4], first + stop * strides[4])
 
     def _span(self, slot: int, start: int, num_blocks: int) -> torch.Tensor:
         """A view of a slot's tokens as blocks: `[num_layers, 2, num_blocks, kv_heads, BLOCK, head_dim]`."""

@@ -70,7 +70,8 @@ class PackCache:
     """Resident packs: a persona's under its digest, a cast's under `cast:<name>`.
 
     Most packs only save time. That of a persona with FFN weights of its own (`full`) alone computes it: from the first
-    request that needs it to the end of the last, it is made as soon as there is memory, and stays.
+    request that needs it to the end of the last, it is made as soon as there is memory, and stays. Where packs are
+    gathered, those with low-rank updates are in none.
     Any thread may call; none waits for a pack to be made, but in `wait`.
     """
 
@@ -106,6 +107,8 @@ class PackCache:
                 return
             self._policy.touch(subnetwork.digest)
             self._dropped.discard(subnetwork.digest)
+            if not self._form.holds(subnetwork):
+                return
             if subnetwork.digest not in self._sizes:
                 self._order(subnetwork.digest, [subnetwork])
             if subnetwork.has_own_ffn:

@@ -10,6 +10,7 @@ import torch
 from masquerade_engine.attention import Span, TorchAttention
 from masquerade_engine.base import Base
 from masquerade_engine.cpu_attention import CPUAttention, loops_for
+from masquerade_engine.decode_graphs import DecodeGraphs, DecodeRow, graph_capture
 from masquerade_engine.decoder import Decoder, StepAttention
 from masquerade_engine.ffn_weights import CheckpointWeights, ModelWeights
 from masquerade_engine.kv_cache import KVCache, KVGeometry
@@ -18,8 +19,9 @@ from masquerade_engine.sampler import Sampler
 from masquerade_engine.seams import persona_ffns
 from masquerade_engine.sequence import Batch, Chunk, SampledToken
 from masquerade_kernels.coefficients import BASE_ROW, CoefficientTable
+from masquerade_kernels.gathered import GatheredWeights, can_gather
 from masquerade_kernels.lora import lora_rows
-from masquerade_kernels.packs import PackFormat, dense_pack
+from masquerade_kernels.packs import PackFormat, dense_pack, gathered_dense_pack
 from masquerade_kernels.persona_ffn import FFNSegment, run_persona_ffn
 from masquerade_kernels.planner import Run, plan_step
 from masquerade_kernels.row_costs import measure_row_costs
@@ -34,28 +36,56 @@ class _Plan:
     resident: Resident
     order: tuple[int, ...]  # of the chunks, by row
     segments: tuple[FFNSegment, ...]
+    personas: tuple[int, ...] | None = None  # each row's row of the coefficients, where a graph may replay the step
 
 
 class Runner:
     """The base's packed weights, the KV cache and the personas' coefficients."""
 
     def __init__(
-        self, base: Base, *, num_slots: int, max_len: int, num_blocks: int, pack_cache_bytes: int, int8: bool = False
+        self,
+        base: Base,
+        *,
+        num_slots: int,
+        max_len: int,
+        num_blocks: int,
+        pack_cache_bytes: int,
+        int8: bool = False,
+        enforce_eager: bool = False,
     ) -> None:
         self._device = base.device
         self._sampler = Sampler(base.stop_token_ids)
         self._rows = row_ops(base.device, base.dtype)
-        form = PackFormat(base.dtype, base.device, int8)
         model = base.build_model()
-        self._dense = dense_pack(ModelWeights(persona_ffns(model)), form)
+        weights, gathered = ModelWeights(persona_ffns(model)), None
+        if can_gather(base.device) and not int8:
+            gathered = GatheredWeights.of(weights, dtype=base.dtype, device=base.device)
+        form = PackFormat(base.dtype, base.device, int8, gathered)
+        self._dense = dense_pack(weights, form) if gathered is None else gathered_dense_pack(gathered)
         self._decoder = Decoder(model, self._rows, max_len, int8=int8)
         geometry = KVGeometry.of(base.config, base.dtype)
         self._kv = KVCache(geometry, num_slots, max_len, num_blocks, base.device)
-        self._table = CoefficientTable(base.shape, num_slots, base.device, base.dtype)
+        capture = None if enforce_eager else graph_capture(base.device)
+        self._table = CoefficientTable(base.shape, num_slots, base.device, base.dtype, whole=capture is not None)
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None:
+            self._graphs = DecodeGraphs(
+                self._decoder,
+                self._kv,
+                self._rows,
+                capture,
+                num_slots=num_slots,
+                max_len=max_len,
+                hidden_size=base.shape.hidden_size,
+                dtype=base.dtype,
+                device=base.device,
+            )
         if base.device.type == "cpu":
             for shape in self._decoder.attentions:
                 loops_for(shape, base.dtype, torch.get_num_threads())
-        self._costs = measure_row_costs(self._dense.layers, base.dtype, base.device, self._rows)
+        self._costs = measure_row_costs(
+            self._dense, base.shape.hidden_size, base.dtype, base.device, self._rows, gathered
+        )
         self._plan = _Plan((), Resident(), (), ())
         self.packs = PackCache(CheckpointWeights(base.path, base.shape.num_layers), pack_cache_bytes, form)
 
@@ -76,6 +106,10 @@ class Runner:
         """`[num_sampling, vocab]`, rows in the order of `batch.sampling`."""
         # 1. Lay the rows out: decoding rows by slot, then chunks, as far as their packs allow.
         chunks, segments = self._planned(sorted(batch.chunks, key=_layout_order))
+        by_slot = self._replayed(chunks)
+        if by_slot is not None:
+            slots = [sequence.slot for sequence in batch.sampling]
+            return self._decoder.logits(by_slot, torch.tensor(slots, dtype=torch.int64, device=self._device))
         spans = _spans(chunks)
         tokens = [t for chunk in chunks for t in chunk.sequence.tokens[chunk.start : chunk.stop]]
         # 2. The rows that sample; only they reach the vocabulary.
@@ -91,6 +125,17 @@ class Runner:
             torch.tensor(keep, dtype=torch.int64, device=self._device),
         )
 
+    def _replayed(self, chunks: list[Chunk]) -> torch.Tensor | None:
+        """What the decoder leaves of the planned `chunks`, by slot; None where no graph was replayed."""
+        personas = self._plan.personas
+        if self._graphs is None or personas is None:
+            return None
+        rows = [
+            DecodeRow(chunk.sequence.slot, chunk.sequence.tokens[chunk.start], chunk.start, persona)
+            for chunk, persona in zip(chunks, personas, strict=True)
+        ]
+        return self._graphs.run(rows, self._plan.segments[0])
+
     def _attention(self, spans: Rows[Span]) -> StepAttention:
         if self._device.type == "cpu":
             return CPUAttention(self._kv, self._decoder.rotary, spans)
@@ -100,6 +145,8 @@ class Runner:
         """The chunks in the order of their rows, and the packs those rows run on."""
         runs = tuple(_run(chunk) for chunk in chunks)
         resident = self.packs.resident
+        if self._graphs is not None and resident is not self._plan.resident:
+            self._graphs.keep([self._dense, *resident.packs.values()])
         if runs != self._plan.runs or resident is not self._plan.resident:
             self._plan = self._new_plan(chunks, runs, resident)
         return [chunks[index] for index in self._plan.order], self._plan.segments
@@ -117,7 +164,15 @@ class Runner:
                 segments.append(self._member_segment(members, row, stop, resident, planned.pack))
             order += planned.runs
             row = stop
-        return _Plan(runs, resident, tuple(order), tuple(segments))
+        return _Plan(runs, resident, tuple(order), tuple(segments), self._personas_to_replay(runs, segments))
+
+    def _personas_to_replay(self, runs: Rows[Run], segments: Rows[FFNSegment]) -> tuple[int, ...] | None:
+        """Graphs are of single tokens on one pack of the base's own weights, without low-rank updates."""
+        decodes = all(run.num_tokens == 1 and not run.own for run in runs)
+        if self._graphs is None or not decodes or len(segments) != 1 or segments[0].loras:
+            return None
+        personas = segments[0].personas
+        return (BASE_ROW,) * len(runs) if personas is None else tuple(personas.tolist())
 
     def _dense_segment(self, chunks: Rows[Chunk], start: int, stop: int) -> FFNSegment:
         functions = [chunk.sequence.request.function for chunk in chunks]
@@ -126,9 +181,9 @@ class Runner:
             return FFNSegment(start, stop, self._dense)
         row_of: dict[str | None, int] = {None: BASE_ROW}
         row_of.update(self._table.rows_of(subnetworks))
-        digests = frozenset(subnetwork.digest for subnetwork in subnetworks)
+        biased = self._table.has_biases(subnetwork.digest for subnetwork in subnetworks)
         loras = lora_rows(_digests(chunks), self._table.loras, self._device)
-        return FFNSegment(start, stop, self._dense, self._personas(chunks, row_of), self._table, digests, loras)
+        return FFNSegment(start, stop, self._dense, self._personas(chunks, row_of), self._table, biased, loras)
 
     def _member_segment(self, chunks: Rows[Chunk], start: int, stop: int, resident: Resident, key: str) -> FFNSegment:
         pack = resident.packs[key]

@@ -28,6 +28,7 @@ class EngineSettings:
     prefix_cache_bytes: int = 512 * MIB  # 0: no prefix reuse
     pack_cache_bytes: int = 512 * MIB  # compact and cast packs; 0: everything stays on the dense pack
     quantization: Quantization = "none"  # of the weights
+    enforce_eager: bool = False  # no CUDA graphs
     load_timeout_s: float = 30.0  # that a request waits for its persona's own FFN weights
 
     def __post_init__(self) -> None:

@@ -41,6 +41,7 @@ async def open_engine(base: Base, settings: Settings) -> AsyncIterator[ChatEngin
         prefix_cache_bytes=settings.prefix_cache_mb * MIB,
         pack_cache_bytes=settings.pack_cache_mb * MIB,
         quantization=cast(Quantization, settings.quantization),
+        enforce_eager=settings.enforce_eager,
     )
     async with AsyncEngine(base, wanted, num_threads=settings.threads or available_cores()) as engine:
         yield cast(ChatEngine, engine)

@@ -67,6 +67,7 @@ class Settings:
     dtype: str = "auto"
     device: str = "auto"
     quantization: str = "none"  # of the weights that are served
+    enforce_eager: bool = False  # no CUDA graphs
     max_num_seqs: int = 32
     max_model_len: int | None = None  # tokens; None: the base's own context length
     max_queue: int = 256
@@ -218,6 +219,14 @@ def _integer(least: int, most: int, hint: str = "") -> Callable[[Any], int]:
     return convert
 
 
+def _switch(raw: Any) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    if raw not in ("1", "true", "0", "false"):
+        raise ValueError(f"{raw!r} is not one of true, false, 1, 0")
+    return raw in ("1", "true")
+
+
 def _one_of(*choices: str) -> Callable[[Any], str]:
     def convert(raw: Any) -> str:
         if raw not in choices:
@@ -242,6 +251,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "dtype": _one_of("auto", "bf16", "bfloat16", "fp32", "float32"),
     "device": _device,
     "quantization": _one_of("none", "int8"),
+    "enforce_eager": _switch,
     "max_num_seqs": _integer(1, 4096),
     "max_model_len": _integer(16, 10_000_000, " (tokens)"),
     "max_queue": _integer(1, 100_000),

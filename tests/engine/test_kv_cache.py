@@ -21,6 +21,20 @@ def test_tokens_are_written_to_their_slots_and_positions() -> None:
     assert int((kv.keys[0] != 0).sum()) == 0
 
 
+def test_tokens_of_the_first_slots_are_written_and_those_of_nobody_are_not() -> None:
+    kv = KVCache(GEOMETRY, num_slots=4, max_len=10, num_blocks=0, device=CPU)
+    rows = kv.rows_by_slot(torch.tensor([7, -1, 0, -1]))
+    listed = kv.rows([0, 2], [7, 0]).view(3, 2)
+    assert torch.equal(rows.view(3, 4)[:, [0, 2]], listed)
+    key, value = torch.randn(3, 4, 4), torch.randn(3, 4, 4)
+    kv.write(1, rows, key, value)
+    for slot, position in ((0, 7), (2, 0)):
+        assert torch.equal(kv.keys[1][slot, :, position], key[:, slot])
+        assert torch.equal(kv.values[1][slot, :, position], value[:, slot])
+    assert int((kv.keys[1] != 0).sum()) == int((kv.values[1] != 0).sum()) == 2 * 3 * 4
+    assert int((kv.keys[0] != 0).sum()) == 0
+
+
 def test_blocks_go_out_and_come_back_in_another_slot() -> None:
     kv = KVCache(GEOMETRY, num_slots=2, max_len=4 * BLOCK, num_blocks=5, device=CPU)
     for layer in range(2):

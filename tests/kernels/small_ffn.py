@@ -77,7 +77,7 @@ def dense_segment(pack: Pack, table: CoefficientTable, personas: list[SubNetwork
     rows = table.rows_of([persona for persona in personas if persona is not None])
     table_rows = torch.tensor([0 if persona is None else rows[persona.digest] for persona in personas])
     loras = lora_rows([persona and persona.digest for persona in personas], table.loras, CPU)
-    return FFNSegment(start, start + len(personas), pack, table_rows, table, frozenset(rows), loras)
+    return FFNSegment(start, start + len(personas), pack, table_rows, table, table.has_biases(rows), loras)
 
 
 def member_segment(pack: Pack, personas: list[SubNetwork], start: int = 0) -> FFNSegment:

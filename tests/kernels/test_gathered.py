@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -14,15 +14,15 @@ import torch
 
 from masquerade_kernels.gathered import (
     GatheredLayer,
-    GatheredSegment,
+    GatheredLayerPack,
     GatheredWeights,
+    can_gather,
+    gathered_ffn,
     gathered_layer_pack,
-    gathered_pack,
-    is_available,
-    run_gathered_ffn,
 )
-from masquerade_kernels.packs import FFNLayer
+from masquerade_kernels.packs import FFNLayer, LayerPack, Pack, PackFormat, gathered_dense_pack, member_pack
 from masquerade_masks import (
+    Attached,
     EmptyLayer,
     FFNShape,
     Mask,
@@ -32,6 +32,7 @@ from masquerade_masks import (
     SettingError,
     SubNetwork,
 )
+from masquerade_masks.attached import Kind
 
 CPU = torch.device("cpu")
 SHAPE = FFNShape(num_layers=2, intermediate_size=40, hidden_size=8)
@@ -57,71 +58,101 @@ def subnetwork(seed: int, kept: int = 10, *, gain: bool = False, bias: bool = Fa
     )
 
 
-def test_a_pack_is_the_union_of_its_members_masks() -> None:
+def base_weights() -> Weights:
+    return Weights([FFNLayer(torch.randn(40, 8), torch.randn(40, 8), torch.randn(8, 40)) for _ in range(2)])
+
+
+def gathered_form() -> PackFormat:
+    return PackFormat(torch.float32, CPU, gathered=GatheredWeights.of(base_weights(), dtype=torch.float32, device=CPU))
+
+
+class NotRead:
+    """A checkpoint that gathered packs have no need of."""
+
+    def layers(self) -> Iterator[FFNLayer]:
+        raise AssertionError
+
+
+def pack_of(*members: SubNetwork, form: PackFormat | None = None) -> tuple[Pack, list[GatheredLayerPack]]:
+    pack = member_pack(NotRead(), members, form or gathered_form())
+    layers = [layer for layer in pack.layers if isinstance(layer, GatheredLayerPack)]
+    assert len(layers) == SHAPE.num_layers
+    return pack, layers
+
+
+def test_a_pack_is_the_union_of_its_members_masks_and_no_more() -> None:
     members = [subnetwork(seed, gain=seed == 1) for seed in range(3)]
-    pack = gathered_pack(members, device=CPU)
-    for layer in range(SHAPE.num_layers):
-        used = np.logical_or.reduce([member.mask.to_dense()[layer] for member in members])
-        neurons = pack.layers[layer].neurons.numpy()
-        assert np.array_equal(neurons, np.flatnonzero(used))
-        assert torch.equal(pack.layers[layer].coefficients[0], torch.ones(neurons.size))
-        for member in members:
-            row = pack.layers[layer].coefficients[pack.row_of[member.digest]].numpy()
-            assert np.array_equal(row, member.coefficients()[layer, neurons])
-    assert None not in pack.row_of
+    pack, layers = pack_of(*members)
+    assert pack.members == tuple(member.digest for member in members)
+    for index, layer in enumerate(layers):
+        used = np.logical_or.reduce([member.mask.to_dense()[index] for member in members])
+        assert np.array_equal(layer.neurons.numpy(), np.flatnonzero(used))
+        assert layer.coefficients is not None
+        for row, member in zip(layer.coefficients.numpy(), members, strict=True):
+            assert np.array_equal(row, member.coefficients()[index, layer.neurons.numpy()])
+    assert pack.fraction == sum(len(layer.neurons) for layer in layers) / 80
 
 
 def test_layers_may_be_of_different_sizes() -> None:
-    sizes = {len(layer.neurons) for layer in gathered_pack([subnetwork(1), subnetwork(2)], device=CPU).layers}
-    assert len(sizes) == 2
+    _, layers = pack_of(subnetwork(1), subnetwork(2))
+    assert len({len(layer.neurons) for layer in layers}) == 2
 
 
-def test_with_the_base_every_neuron_is_read() -> None:
-    pack = gathered_pack([subnetwork(1)], device=CPU, with_base=True)
-    assert pack.row_of[None] == 0
-    assert all(torch.equal(layer.neurons, torch.arange(40, dtype=torch.int32)) for layer in pack.layers)
-
-
-def test_one_persona_twice_is_one_row() -> None:
-    pack = gathered_pack([subnetwork(1), subnetwork(1)], device=CPU)
-    assert [len(layer.coefficients) for layer in pack.layers] == [2, 2]
+def test_one_persona_without_gains_is_an_index_list() -> None:
+    pack, layers = pack_of(subnetwork(1, kept=10))
+    assert all(layer.coefficients is None and layer.biases is None for layer in layers)
+    assert pack.num_bytes == SHAPE.num_layers * 10 * 4
 
 
 def test_biases_of_members_that_have_none_are_zero() -> None:
     without, biased = subnetwork(1), subnetwork(2, bias=True)
-    pack = gathered_pack([without, biased], device=CPU)
     expected = biased.biases()
     assert expected is not None
-    for layer, content in enumerate(pack.layers):
-        assert content.biases is not None
-        assert content.biases[[0, pack.row_of[without.digest]]].abs().sum() == 0
-        assert np.array_equal(content.biases[pack.row_of[biased.digest]].numpy(), expected[layer])
-    assert all(layer.biases is None for layer in gathered_pack([without], device=CPU).layers)
+    for index, layer in enumerate(pack_of(without, biased)[1]):
+        assert layer.biases is not None
+        assert layer.biases[0].abs().sum() == 0
+        assert np.array_equal(layer.biases[1].numpy(), expected[index])
 
 
-def test_bytes_are_indices_and_coefficients_only() -> None:
-    pack = gathered_pack([subnetwork(1, kept=10)], device=CPU)
-    assert pack.num_bytes == SHAPE.num_layers * (10 * 4 + 2 * 10 * 4)
+def test_every_pack_reads_the_same_weights() -> None:
+    form = gathered_form()
+    assert form.gathered is not None
+    dense = gathered_dense_pack(form.gathered)
+    _, layers = pack_of(subnetwork(1), form=form)
+    x = torch.randn(3, 8)
+    for base, first, pack in zip(form.gathered.layers, dense.layers, layers, strict=True):
+        assert pack.weights is base
+        assert isinstance(first, LayerPack)
+        assert torch.equal(first.gate_up(x), torch.cat([x @ base.gate.T, x @ base.up.T], dim=1))
+        base.gate_up.zero_()
+        base.down_t.zero_()
+        assert first.gate_up(x).abs().sum() == 0  # no copy
+        assert first.down(torch.randn(3, 40)).abs().sum() == 0
 
 
-def test_a_pack_of_nobody_is_refused() -> None:
-    with pytest.raises(MaskShapeError, match="at least one persona"):
-        gathered_pack([], device=CPU)
-
-
-def test_personas_of_another_base_are_refused() -> None:
-    wide = FFNShape(2, 48, 8)
-    other = SubNetwork("b", wide, Mask.from_kept_indices(np.arange(5)[None].repeat(2, 0), 48))
-    with pytest.raises(MaskShapeError, match="one base"):
-        gathered_pack([subnetwork(1), other], device=CPU)
+@pytest.mark.parametrize(("kind", "held"), [("lora", False), ("full", True), (None, True)])
+def test_own_weights_are_copied_and_low_rank_updates_are_in_no_pack(
+    kind: Kind | None, held: bool, make_attached: Callable[..., Attached]
+) -> None:
+    form, plain = gathered_form(), subnetwork(1)
+    member = plain if kind is None else replace(plain, weights=make_attached(kind, SHAPE, 10))
+    assert form.holds(member) == held
+    if kind == "full":
+        pack = member_pack(NotRead(), [member], form)
+        assert all(isinstance(layer, LayerPack) for layer in pack.layers)
+    if kind == "lora":
+        with pytest.raises(AssertionError, match="dense pack"):
+            pack_of(member, form=form)
+        assert PackFormat(torch.float32, CPU).holds(member)
 
 
 def layer_pack(neurons: list[int], columns: int | None = None, dtype: type = np.int32, **changes: object) -> None:
     arguments = {
+        "weights": GatheredLayer(torch.randn(80, 8), torch.randn(40, 8)),
         "neurons": np.array(neurons, dtype=dtype),
         "coefficients": np.ones((2, len(neurons) if columns is None else columns), dtype=np.float32),
     } | changes
-    gathered_layer_pack(**arguments, shape=SHAPE, device=CPU, layer=1)  # type: ignore[arg-type]
+    gathered_layer_pack(**arguments, layer=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("neurons", [[-1, 3], [3, 40], [5, 5], [7, 3]])
@@ -154,52 +185,45 @@ def test_what_is_not_finite_is_refused() -> None:
         layer_pack([1, 2], coefficients=np.array([[1, np.nan]], dtype=np.float32))
 
 
-def test_weights_hold_down_transposed() -> None:
-    made = [FFNLayer(torch.randn(40, 8), torch.randn(40, 8), torch.randn(8, 40)) for _ in range(2)]
-    weights = GatheredWeights.of(Weights(made), dtype=torch.bfloat16, device=CPU)
-    assert weights.shape == SHAPE
-    for layer, content in zip(made, weights.layers, strict=True):
+def test_weights_are_stacked_and_down_is_transposed() -> None:
+    made = base_weights()
+    weights = GatheredWeights.of(made, dtype=torch.bfloat16, device=CPU)
+    for layer, content in zip(made.made, weights.layers, strict=True):
+        assert torch.equal(content.gate, layer.gate.bfloat16())
+        assert torch.equal(content.up, layer.up.bfloat16())
+        assert content.up.data_ptr() == content.gate_up[40:].data_ptr()
         assert torch.equal(content.down_t, layer.down.T.bfloat16())
         assert content.down_t.is_contiguous()
 
 
-def test_gate_and_up_may_share_one_matrix() -> None:
-    stacked = torch.randn(80, 8)
-    weights = GatheredWeights.of(
-        Weights([FFNLayer(stacked[:40], stacked[40:], torch.randn(8, 40))]), dtype=torch.float32, device=CPU
-    )
-    assert weights.layers[0].up.data_ptr() == stacked[40:].data_ptr()
-
-
 @pytest.mark.parametrize(
-    ("weight", "named"),
+    ("gate_up", "named"),
     [
-        (torch.randn(40, 9), "intermediate, hidden"),
-        (torch.randn(8, 40).T, "contiguous"),
-        (torch.randn(40, 8).double(), "float64"),
-        (torch.randn(40, 8).half(), "float16"),
+        (torch.randn(80, 9), "2 intermediate, hidden"),
+        (torch.randn(40, 8), "2 intermediate, hidden"),
+        (torch.randn(8, 80).T, "contiguous"),
+        (torch.randn(80, 8).double(), "float64"),
+        (torch.randn(80, 8).half(), "float16"),
     ],
 )
-def test_weights_that_the_kernels_could_not_read_are_refused(weight: torch.Tensor, named: str) -> None:
+def test_weights_that_the_kernels_could_not_read_are_refused(gate_up: torch.Tensor, named: str) -> None:
     with pytest.raises(MaskShapeError, match=named):
-        GatheredLayer(torch.randn(40, 8), torch.randn(40, 8), weight)
+        GatheredLayer(gate_up, torch.randn(40, 8))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter makes a CPU a device")
 def test_a_cpu_is_no_device_for_gathered_packs() -> None:
-    assert not is_available(CPU)
-    weights = GatheredWeights((GatheredLayer(torch.randn(40, 8), torch.randn(40, 8), torch.randn(40, 8)),))
-    pack = gathered_pack([subnetwork(1)], device=CPU)
-    segment = GatheredSegment(0, 1, pack, torch.ones(1, dtype=torch.int32))
+    assert not can_gather(CPU)
+    _, layers = pack_of(subnetwork(1))
     with pytest.raises(SettingError, match="CUDA GPU"):
-        run_gathered_ffn(torch.randn(1, 8), 0, [segment], weights)
+        gathered_ffn(torch.randn(1, 8), layers[0].weights, layers[0].neurons, None, None)
 
 
 def test_the_package_does_not_need_triton() -> None:
     """macOS and Windows have none: nothing may import it before a kernel runs."""
     program = (
         "import sys; sys.modules['triton'] = None; import torch; from masquerade_kernels import gathered; "
-        "import masquerade_kernels.persona_ffn; print(gathered.is_available(torch.device('cpu')))"
+        "import masquerade_kernels.persona_ffn; print(gathered.can_gather(torch.device('cpu')))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=False)

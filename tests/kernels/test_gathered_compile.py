@@ -65,7 +65,13 @@ class Launch:
         return Compiled(made.asm["ptx"], made.asm["cubin"], made.metadata.shared, 32 * self.options["num_warps"])
 
 
-TRITON_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
+TRITON_NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 
 
 @dataclass
@@ -131,7 +137,7 @@ def launches(
         weights,
         tensor(kept, dtype=torch.int32),
         None if columns is None else tensor(5, columns or kept, dtype=torch.float32),
-        tensor(tokens, dtype=torch.int32),
+        tensor(tokens, dtype=torch.int64),
         tensor(5, hidden, dtype=torch.float32),
         tensor(tokens, hidden),
         choose_blocks(tokens, kept, hidden, itemsize=dtype.itemsize, num_sms=NUM_SMS),

@@ -15,24 +15,22 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from masquerade_kernels import persona_ffn_reference
+from masquerade_kernels import FFNSegment, Pack, persona_ffn_reference, run_persona_ffn
 from masquerade_kernels.gathered import (
     GatheredLayer,
     GatheredLayerPack,
-    GatheredPack,
-    GatheredSegment,
     GatheredWeights,
+    can_gather,
     gathered_ffn,
     gathered_layer_pack,
-    is_available,
-    run_gathered_ffn,
 )
 from masquerade_kernels.gathered_blocks import DownBlocks, FFNBlocks, GateUpBlocks
-from masquerade_masks import FFNShape
+from masquerade_kernels.packs import gathered_dense_pack
+from masquerade_kernels.rows import TorchRows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
-if not is_available(DEVICE):
+if not can_gather(DEVICE):
     pytest.skip("needs a GPU or TRITON_INTERPRET=1; test_interpreter.py runs it", allow_module_level=True)
 
 FLOAT32 = 2.0**-24  # half the distance between neighbours, relative
@@ -69,7 +67,7 @@ class Case:
 
     def over_every_neuron(self) -> torch.Tensor:
         """The coefficients as `[num_rows, intermediate]`; outside U NaN, which nothing may read."""
-        rows = torch.full((len(self.coefficients), len(self.weights.gate)), torch.nan, device=DEVICE)
+        rows = torch.full((len(self.coefficients), len(self.weights.down_t)), torch.nan, device=DEVICE)
         rows[:, self.neurons.long()] = self.coefficients
         return rows
 
@@ -126,18 +124,14 @@ def make_case(
         rows[neurons] = generator.normal(0, hidden**-0.5, (kept, hidden))
         return torch.from_numpy(rows).to(DEVICE, dtype)
 
+    layer = GatheredLayer(torch.cat([weight(), weight()]), weight())
     coefficients = generator.normal(1, 0.3, (personas + 1, kept)) * (generator.random((personas + 1, kept)) < 0.6)
     coefficients[0] = 1
-    pack = gathered_layer_pack(
-        neurons,
-        coefficients.astype(np.float32),
-        generator.normal(0, 1, (personas + 1, hidden)).astype(np.float32) if bias else None,
-        shape=FFNShape(1, intermediate, hidden),
-        device=DEVICE,
-    )
+    biases = generator.normal(0, 1, (personas + 1, hidden)).astype(np.float32) if bias else None
+    pack = gathered_layer_pack(layer, neurons, coefficients.astype(np.float32), biases)
+    assert pack.coefficients is not None
     persona_of_token = torch.from_numpy(generator.integers(0, personas + 1, tokens).astype(np.int32)).to(DEVICE)
     x = torch.from_numpy(generator.normal(0, 2, (tokens, hidden))).to(DEVICE, dtype)
-    layer = GatheredLayer(weight(), weight(), weight())
     return Case(x, layer, pack.neurons, pack.coefficients, persona_of_token, pack.biases)
 
 
@@ -242,54 +236,26 @@ def test_saturated_gates_are_zero_or_themselves() -> None:
     case.check(found)
 
 
-def layers_of_two_sizes() -> tuple[list[Case], GatheredWeights, list[GatheredPack]]:
-    """Two layers, and packs on them: one of 30 and 11 neurons, and one of all 40 that the base may use as well."""
+def test_segments_run_each_on_its_pack() -> None:
+    """Two layers, of which a gathered pack reads 30 and 11 neurons, and the dense one between its rows all 40."""
     cases = [make_case(9, kept, 40, 24, torch.float32, seed=kept, bias=True) for kept in (30, 11)]
     for case in cases:
-        case.weights = GatheredLayer(*(torch.randn(40, 24, device=DEVICE) / 5 for _ in range(3)))
-    narrow = [GatheredLayerPack(case.neurons, case.coefficients, case.biases) for case in cases]
-    every_neuron, ones = np.arange(40, dtype=np.int32), np.ones((1, 40), dtype=np.float32)
-    whole = gathered_layer_pack(every_neuron, ones, shape=FFNShape(2, 40, 24), device=DEVICE)
-    packs = [
-        GatheredPack(tuple(narrow), {"a": 1, "b": 2, "c": 3}),
-        GatheredPack((whole, whole), {None: 0}),
-    ]
-    return cases, GatheredWeights(tuple(case.weights for case in cases)), packs
-
-
-def test_segments_run_each_on_its_pack_and_empty_ones_do_not() -> None:
-    cases, weights, (narrow, whole) = layers_of_two_sizes()
+        case.weights = GatheredLayer(torch.randn(80, 24, device=DEVICE) / 5, torch.randn(40, 24, device=DEVICE) / 5)
+    layers = [GatheredLayerPack(case.weights, case.neurons, case.coefficients, case.biases) for case in cases]
+    narrow = Pack(tuple(layers), ("base", "a", "b", "c"), 41 / 80)
+    dense = gathered_dense_pack(GatheredWeights(tuple(case.weights for case in cases)))
     x = torch.randn(9, 24, device=DEVICE)
-    personas = torch.tensor([1, 2, 3, 1, 1], dtype=torch.int32, device=DEVICE)
-    nobody = personas[:0]
-    base_rows = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    personas = torch.tensor([1, 2, 3, 1, 1], device=DEVICE)
     segments = [
-        GatheredSegment(0, 0, whole, nobody),
-        GatheredSegment(0, 3, narrow, personas[:3]),
-        GatheredSegment(3, 7, whole, base_rows),
-        GatheredSegment(7, 7, narrow, nobody),
-        GatheredSegment(7, 9, narrow, personas[3:]),
+        FFNSegment(0, 3, narrow, personas[:3]),
+        FFNSegment(3, 7, dense),
+        FFNSegment(7, 9, narrow, personas[3:]),
     ]
     for layer, case in enumerate(cases):
-        found = run_gathered_ffn(x, layer, segments, weights)
+        found = run_persona_ffn(x, layer, segments, TorchRows())
         for rows, of_token in ((slice(0, 3), personas[:3]), (slice(7, 9), personas[3:])):
             case.hidden, case.persona_of_token = x[rows], of_token
             case.check(found[rows])
-        part = weights.layers[layer]
-        base = persona_ffn_reference(x[3:7].cpu(), part.gate.cpu(), part.up.cpu(), part.down_t.cpu().T)
+        weights = case.weights
+        base = persona_ffn_reference(x[3:7].cpu(), weights.gate.cpu(), weights.up.cpu(), weights.down_t.cpu().T)
         torch.testing.assert_close(found[3:7].cpu().double(), base, rtol=1e-5, atol=1e-5)
-
-
-def test_a_step_of_no_tokens_is_empty() -> None:
-    _, weights, (narrow, _) = layers_of_two_sizes()
-    nobody = torch.zeros(0, dtype=torch.int32, device=DEVICE)
-    found = run_gathered_ffn(torch.empty(0, 24, device=DEVICE), 0, [GatheredSegment(0, 0, narrow, nobody)], weights)
-    assert found.shape == (0, 24)
-
-
-@pytest.mark.parametrize("bounds", [(0, 3), (1, 4)], ids=["too few", "not from the start"])
-def test_rows_without_a_segment_are_our_own_mistake(bounds: tuple[int, int]) -> None:
-    _, weights, (narrow, _) = layers_of_two_sizes()
-    segment = GatheredSegment(*bounds, narrow, torch.ones(3, dtype=torch.int32, device=DEVICE))
-    with pytest.raises(AssertionError, match="segments cover"):
-        run_gathered_ffn(torch.randn(4, 24, device=DEVICE), 0, [segment], weights)

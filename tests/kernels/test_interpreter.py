@@ -1,4 +1,4 @@
-"""Runs the kernel tests in triton's interpreter, in a process of their own: triton decides once how it runs."""
+"""Runs what tests gathered packs in triton's interpreter, in a process of its own: triton decides once how it runs."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
-def test_the_kernels_are_the_reference_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["kernels/test_gathered_ffn.py", "engine/test_gathered_engine.py"])
+def test_gathered_packs_are_the_reference_in_the_interpreter(file: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "test_gathered_ffn.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(TESTS / file)],
         capture_output=True,
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=HERE.parents[1],
+        cwd=TESTS.parent,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]

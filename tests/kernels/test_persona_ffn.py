@@ -16,7 +16,7 @@ from small_ffn import (
     reference,
 )
 
-from masquerade_kernels import CoefficientTable, FFNSegment, dense_pack, run_persona_ffn
+from masquerade_kernels import CoefficientTable, FFNSegment, GatheredWeights, PackFormat, dense_pack, run_persona_ffn
 from masquerade_kernels.packs import member_pack, pack_bytes, union_fraction, union_neurons
 from masquerade_kernels.rows import CompiledRows, TorchRows
 from masquerade_masks import FFNShape
@@ -140,6 +140,31 @@ def test_a_compact_pack_holds_what_was_foretold() -> None:
     assert pack.num_bytes == pack_bytes([persona], FP32) == LAYERS * 3 * 32 * 16 * 4
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+def test_a_pack_with_gains_and_biases_holds_what_was_foretold(gathered: bool) -> None:
+    weights = make_weights(64, 16)
+    form = PackFormat(
+        torch.float32, CPU, gathered=GatheredWeights.of(weights, dtype=torch.float32, device=CPU) if gathered else None
+    )
+    personas = [make_subnetwork(64, 16, 24, seed, gain=seed == 1, bias=seed == 1) for seed in (1, 2)]
+    for members in (personas[:1], personas):
+        pack = member_pack(weights, members, form)
+        num_neurons = pack.fraction * LAYERS * 64
+        weight_bytes = num_neurons * (4 if gathered else 3 * 16 * 4)
+        table_bytes = 4 * len(members) * (num_neurons + LAYERS * 16)
+        assert pack.num_bytes == pack_bytes(members, form) == weight_bytes + table_bytes
+
+
+def test_a_whole_table_stays_where_it_is() -> None:
+    personas = [make_subnetwork(64, 16, 32, seed, bias=True) for seed in range(20)]
+    table = CoefficientTable(personas[0].shape, 12, CPU, whole=True)
+    table.rows_of(personas[:1])
+    before = table.scales(1).data_ptr(), table.biases(1).data_ptr()
+    table.rows_of(personas[:12])
+    table.rows_of(personas[8:])
+    assert (table.scales(1).data_ptr(), table.biases(1).data_ptr()) == before
+
+
 def test_the_table_overwrites_the_persona_used_longest_ago() -> None:
     personas = [make_subnetwork(64, 16, 32, seed, bias=seed == 0) for seed in range(20)]
     table = CoefficientTable(personas[0].shape, 3, CPU)
@@ -149,10 +174,9 @@ def test_the_table_overwrites_the_persona_used_longest_ago() -> None:
     kept = table.rows_of([personas[0], personas[19], personas[18]])
     assert sorted(kept.values()) == [1, 2, 3]
     assert torch.equal(table.scales(0)[0], torch.ones(64))
-    biases = table.biases(0, kept)
-    assert biases is not None
-    assert biases[kept[personas[19].digest]].abs().sum() == 0
-    assert table.biases(0, [personas[19].digest]) is None
+    assert table.has_biases(kept)
+    assert table.biases(0)[kept[personas[19].digest]].abs().sum() == 0
+    assert not table.has_biases([personas[19].digest])
 
 
 def test_the_table_grows_only_as_far_as_personas_are_active() -> None:

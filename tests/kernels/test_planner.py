@@ -22,6 +22,15 @@ def test_costs_are_read_between_the_points_and_beyond_the_last() -> None:
     assert [COSTS(rows) for rows in (0, 1, 8, 16, 40, 64, 88)] == [0, 100, 100, 100, 196, 292, 388]
 
 
+def test_packs_of_other_kernels_have_costs_of_their_own() -> None:
+    costs = RowCosts(COSTS.points, 5.0, gathered=((1, 90.0), (64, 900.0)))
+    half = PackFacts(frozenset("a"), 0.5)
+    assert [costs.on(pack, 64) for pack in (None, half)] == [292, 450]
+    assert COSTS.on(half, 64) == 146
+    assert plan_step([Run("a", 1)], {"a": half}, costs) == (Segment("a", (0,)),)
+    assert plan_step([Run("a", 64)], {"a": half}, costs) == (Segment(None, (0,)),)
+
+
 def test_a_step_of_one_resident_persona_runs_compact() -> None:
     assert plan_step([Run("a", 1), Run("a", 1), Run("a", 7)], compact("a"), COSTS) == (Segment("a", (0, 1, 2)),)
 

@@ -40,6 +40,14 @@ def test_a_flag_that_was_not_given_is_none_and_hides_nothing(tmp_path: Path) -> 
     assert resolve(tmp_path, "port = 1", port=None).port == 1
 
 
+def test_a_switch_is_turned_on_and_off_from_any_source(tmp_path: Path) -> None:
+    assert not resolve(tmp_path).enforce_eager
+    assert resolve(tmp_path, "enforce_eager = true").enforce_eager
+    assert resolve(tmp_path, environ={"MASQUERADE_ENFORCE_EAGER": "1"}).enforce_eager
+    assert not resolve(tmp_path, "enforce_eager = true", {"MASQUERADE_ENFORCE_EAGER": "false"}).enforce_eager
+    assert not resolve(tmp_path, environ={"MASQUERADE_ENFORCE_EAGER": "true"}, enforce_eager=False).enforce_eager
+
+
 def test_the_cache_follows_the_data_directory_unless_set(tmp_path: Path) -> None:
     assert resolve(tmp_path, data_dir=tmp_path).cache_dir == tmp_path / "cache"
     environ = {"MASQUERADE_CACHE_DIR": "/elsewhere", "MASQUERADE_DATA_DIR": str(tmp_path)}
@@ -79,6 +87,8 @@ def test_an_empty_variable_is_an_unset_one(tmp_path: Path) -> None:
         ('dtype = "int4"', "dtype", "auto, bf16"),
         ('host = "  "', "host", "non-empty"),
         ('device = "cuda:x"', "device", "cuda:N"),
+        ('enforce_eager = "perhaps"', "enforce_eager", "true, false"),
+        ("enforce_eager = 2", "enforce_eager", "2"),
         ('sculpt_checkpointing = "maybe"', "sculpt_checkpointing", "auto, on, off"),
         ("data_dir = 3", "data_dir", "3"),
         ("port =", "config", "not valid TOML"),

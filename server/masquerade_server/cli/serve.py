@@ -28,6 +28,7 @@ Quantization = Annotated[
     str | None,
     typer.Option(help="Of the weights: none, or int8 at half the memory (none). [MASQUERADE_QUANTIZATION]"),
 ]
+EnforceEager = Annotated[bool | None, typer.Option(help="Decode without CUDA graphs (no). [MASQUERADE_ENFORCE_EAGER]")]
 KVCache = Annotated[
     int | None, typer.Option(help="MiB for the running chats' keys and values (8192). [MASQUERADE_KV_CACHE_MB]")
 ]
@@ -63,6 +64,7 @@ def serve(
     dtype: options.Dtype = None,
     device: options.Device = None,
     quantization: Quantization = None,
+    enforce_eager: EnforceEager = None,
     max_num_seqs: MaxSeqs = None,
     max_model_len: MaxLen = None,
     max_queue: MaxQueue = None,
@@ -102,6 +104,7 @@ def serve(
         dtype=dtype,
         device=device,
         quantization=quantization,
+        enforce_eager=enforce_eager,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         max_queue=max_queue,
