@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numba import carray, njit, prange
 
+from masquerade_kernels.cpu_dot_attention import BLOCK, lane_of, score_keys, sum_values, takes
+from masquerade_kernels.cpu_dots import has_dot_products
 from masquerade_kernels.cpu_values import Loop, by_size, exp, load, pointer, prefetch, stored_as
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 _PARALLEL_ROWS = 48  # as for the other loops over rows
 _PARALLEL_KEYS = 1500  # (row, KV head, key) triples from which a second thread earns its start
 _AHEAD = 32  # keys between what is fetched and what is used: 4 KB, beyond which the hardware looks by itself
+_BYTES_AHEAD = 4096  # the same in bytes, where keys are not widened
 _BLOCK = 16  # keys widened at a time: 4 KB of float32 at a head dimension of 64
 
 
@@ -37,9 +40,10 @@ class AttentionLoops:
 def attention_loops(bits: int, head_dim: int, group: int, num_threads: int) -> AttentionLoops:
     """The loops for values of 16 (bf16) or 32 (float32) bits and `group` query heads on each KV head."""
     dtype = np.uint16 if bits == 16 else np.float32
+    attend = _attend_in_dots if bits == 16 and takes(head_dim) and has_dot_products() else _attend
     return AttentionLoops(
         by_size(_rotate_store(dtype, head_dim), _PARALLEL_ROWS, num_threads),
-        by_size(_attend(dtype, head_dim, group), _PARALLEL_KEYS, num_threads),
+        by_size(attend(dtype, head_dim, group), _PARALLEL_KEYS, num_threads),
     )
 
 
@@ -218,3 +222,77 @@ def _attend(dtype: DTypeLike, head_dim: int, group: int) -> Loop:
                         out[row, head * group + g, d] = stored_as(sums[g, d], out[row, head * group + g, d])
 
     return attend
+
+
+@njit(inline="always")
+def _soon(key: int, stop: int, key_bytes: int, here: int, then: int) -> int:
+    """The address of a key that comes later: in this stream, or as far into the next."""
+    return here + key * key_bytes if key < stop else then + (key - stop) * key_bytes
+
+
+def _attend_in_dots(dtype: DTypeLike, head_dim: int, group: int) -> Loop:
+    """As `_attend`, on bf16 dot products; weights are rounded to bf16 before the values are summed."""
+    score, add = score_keys(group, head_dim), sum_values(group, head_dim)
+    lanes = np.array(lane_of(head_dim))
+    key_bytes, ahead = head_dim * 2, _BYTES_AHEAD // (head_dim * 2)
+
+    def attend_in_dots(
+        num_keys: int,
+        num_rows: int,
+        num_heads: int,
+        num_kv_heads: int,
+        qkv_at: int,
+        slots_at: int,
+        lengths_at: int,
+        max_length: int,
+        order_at: int,
+        bounds_at: int,
+        num_threads: int,
+        keys_at: int,
+        values_at: int,
+        num_slots: int,
+        max_len: int,
+        window: int,
+        scaling: float,
+        out_at: int,
+    ) -> None:
+        """One query a row, for the rows in `order`; arguments are those of `attend`."""
+        out = carray(pointer(out_at), (num_rows, num_heads, head_dim), dtype)
+        slots = carray(pointer(slots_at), (num_rows,), np.int64)
+        lengths = carray(pointer(lengths_at), (num_rows,), np.int64)
+        bounds = carray(pointer(bounds_at), (num_threads + 1,), np.int64)
+        order = carray(pointer(order_at), (bounds[num_threads],), np.int64)
+        for thread in prange(num_threads):
+            scores = np.empty((group, max_length + BLOCK), np.float32)
+            weights = np.empty((group, max_length + BLOCK), np.uint16)
+            sums = np.empty((group, head_dim), np.float32)
+            for task in range(bounds[thread], bounds[thread + 1]):
+                row, head = order[task] // num_kv_heads, order[task] % num_kv_heads
+                stop = lengths[row]
+                start = max(0, stop - window) if window > 0 else 0
+                query_at = qkv_at + (row * (num_heads + 2 * num_kv_heads) + head * group) * head_dim * 2
+                own = (slots[row] * num_kv_heads + head) * max_len * key_bytes  # into both
+                # What is read: these keys, these values, and the next task's keys; each is fetched while the one
+                # before is used.
+                following = order[min(task + 1, bounds[thread + 1] - 1)]
+                next_slot = slots[following // num_kv_heads] * num_kv_heads + following % num_kv_heads
+                streams = (keys_at + own, values_at + own, keys_at + next_slot * max_len * key_bytes)
+                for first in range(start, stop, BLOCK):
+                    at = scores.ctypes.data + (first - start) * 4
+                    soon = _soon(first + ahead, stop, key_bytes, streams[0], streams[1] + start * key_bytes)
+                    score(query_at, keys_at + own, first, stop, np.float32(scaling), at, scores.strides[0], soon)
+                _softmax(group, scores, stop - start)
+                for g in range(group):
+                    for k in range(min(stop - start + BLOCK, scores.shape[1])):
+                        weights[g, k] = stored_as(scores[g, k], weights[g, k])
+                    for d in range(head_dim):
+                        sums[g, d] = np.float32(0.0)
+                for first in range(start, stop, BLOCK):
+                    at = weights.ctypes.data + (first - start) * 2
+                    soon = _soon(first + ahead, stop, key_bytes, streams[1], streams[2])
+                    add(at, weights.strides[0], values_at + own, first, stop, sums.ctypes.data, soon)
+                for g in range(group):
+                    for d in range(head_dim):
+                        out[row, head * group + g, d] = stored_as(sums[g, lanes[d]], out[row, head * group + g, d])
+
+    return attend_in_dots

@@ -11,28 +11,20 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llvmlite import binding, ir
 from numba import carray, prange, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from masquerade_kernels import cpu_dots as dots
+from masquerade_kernels.cpu_dots import LANES
 from masquerade_kernels.cpu_values import Loop, by_size, pointer, stored_as
 
 if TYPE_CHECKING:
     import torch
 
 
-LANES = 16  # outputs of one vector
 _MOST_ROWS = 16  # summed together, each in a register of its own, for one vector of outputs
 _PARALLEL_PRODUCTS = 1 << 16  # from which a second thread earns its start
 _AHEAD = 4096  # bytes between the weights that are fetched and those that are used
-
-
-@functools.cache
-def has_dot_products() -> bool:
-    """Whether this CPU multiplies pairs of bf16, and has no matrix unit (AMX) that oneDNN would use for many rows."""
-    features = binding.get_host_cpu_features()
-    return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
 
 
 def in_blocks(weight: torch.Tensor) -> torch.Tensor:
@@ -56,24 +48,6 @@ def linear_loop(num_threads: int) -> Loop:
     return by_size(_linear(), _PARALLEL_PRODUCTS, num_threads)
 
 
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-_WORD, _LONG = ir.IntType(32), ir.IntType(64)
-_SUMS, _PAIRS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_WORD, LANES)
-_BF16 = ir.VectorType(_BFloat(), 2 * LANES)
-
-
 @intrinsic
 def _dot_products(
     context: Any,
@@ -92,7 +66,7 @@ def _dot_products(
         switch = builder.switch(count, cases[-1])
         for rows, block in enumerate(cases, start=1):
             if block is not cases[-1]:
-                switch.add_case(ir.Constant(_LONG, rows), block)
+                switch.add_case(dots.long(rows), block)
             builder.position_at_end(block)
             _sum_rows(builder, rows, *others)
             builder.branch(after)
@@ -104,57 +78,32 @@ def _dot_products(
 
 def _sum_rows(builder: Any, num_rows: int, x_at: Any, weights_at: Any, num_pairs: Any, sums_at: Any) -> None:
     """Emit the loop over the pairs of inputs for one number of rows."""
-    function = ir.FunctionType(_SUMS, [_SUMS, _BF16, _BF16])
-    dot = cgutils.get_or_insert_function(builder.module, function, "llvm.x86.avx512bf16.dpbf16ps.512")
     before, loop = builder.block, builder.append_basic_block("pairs")
     after = builder.append_basic_block("stored")
     builder.branch(loop)
 
     builder.position_at_end(loop)
-    pair = builder.phi(_LONG)
-    sums = [builder.phi(_SUMS) for _ in range(num_rows)]
-    at = builder.add(weights_at, _times(builder, pair, 4 * LANES))
-    weights = builder.bitcast(_load(builder, at, _PAIRS), _BF16)
-    _fetch(builder, builder.add(at, ir.Constant(_LONG, _AHEAD)))
-    column = builder.add(x_at, _times(builder, pair, 4))
+    pair = builder.phi(dots.LONG)
+    sums = [builder.phi(dots.SUMS) for _ in range(num_rows)]
+    at = builder.add(weights_at, dots.times(builder, pair, 4 * LANES))
+    weights = dots.load(builder, at, dots.PAIRS)
+    dots.fetch(builder, builder.add(at, dots.long(_AHEAD)))
+    column = builder.add(x_at, dots.times(builder, pair, 4))
     summed = []
     for row, one in enumerate(sums):
-        word = _load(builder, builder.add(column, _times(builder, num_pairs, 4 * row)), _WORD)
-        summed.append(builder.call(dot, [one, weights, builder.bitcast(_in_all_lanes(builder, word), _BF16)]))
-    following = builder.add(pair, ir.Constant(_LONG, 1))
-    pair.add_incoming(ir.Constant(_LONG, 0), before)
+        word = dots.load(builder, builder.add(column, dots.times(builder, num_pairs, 4 * row)), dots.WORD)
+        summed.append(dots.dot(builder, one, weights, dots.in_all_lanes(builder, word)))
+    following = builder.add(pair, dots.long(1))
+    pair.add_incoming(dots.long(0), before)
     pair.add_incoming(following, loop)
     for one, then in zip(sums, summed, strict=True):
-        one.add_incoming(ir.Constant(_SUMS, [0.0] * LANES), before)
+        one.add_incoming(dots.zeros(), before)
         one.add_incoming(then, loop)
     builder.cbranch(builder.icmp_signed("<", following, num_pairs), loop, after)
 
     builder.position_at_end(after)
     for row, one in enumerate(summed):
-        target = builder.add(sums_at, ir.Constant(_LONG, 4 * LANES * row))
-        builder.store(one, builder.inttoptr(target, _SUMS.as_pointer()), align=4)
-
-
-def _times(builder: Any, value: Any, factor: int) -> Any:
-    return builder.mul(value, ir.Constant(_LONG, factor))
-
-
-def _load(builder: Any, at: Any, kind: Any) -> Any:
-    return builder.load(builder.inttoptr(at, kind.as_pointer()), align=4)
-
-
-def _in_all_lanes(builder: Any, word: Any) -> Any:
-    nothing = ir.Constant(_PAIRS, ir.Undefined)
-    first = builder.insert_element(nothing, word, ir.Constant(_WORD, 0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(_PAIRS, [0] * LANES))
-
-
-def _fetch(builder: Any, at: Any) -> None:
-    """Bring a cache line that is read once near; one that is not there does no harm."""
-    function = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _WORD, _WORD, _WORD])
-    fetch = cgutils.get_or_insert_function(builder.module, function, "llvm.prefetch.p0")
-    read, near, data = (ir.Constant(_WORD, value) for value in (0, 2, 1))
-    builder.call(fetch, [builder.inttoptr(at, cgutils.voidptr_t), read, near, data])
+        dots.store(builder, one, builder.add(sums_at, dots.long(4 * LANES * row)))
 
 
 def _linear() -> Loop:

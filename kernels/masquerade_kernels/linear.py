@@ -149,7 +149,7 @@ def can_dot(weight: torch.Tensor) -> bool:
     """Whether `DotLinear` takes this weight here."""
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
         return False
-    from masquerade_kernels.cpu_linear import has_dot_products  # noqa: PLC0415  (numba: a second of import)
+    from masquerade_kernels.cpu_dots import has_dot_products  # noqa: PLC0415  (numba: a second of import)
 
     return has_dot_products()
 

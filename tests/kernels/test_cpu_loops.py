@@ -154,7 +154,7 @@ def attended(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("kv_heads", "group", "head_dim", "window", "norm"),
-    [(3, 3, 64, 0, False), (2, 1, 10, 7, True)],
+    [(3, 3, 64, 0, False), (2, 1, 10, 7, True), (1, 5, 128, 0, False), (2, 2, 32, 37, True)],
 )
 def test_attention_is_plain_attention(
     num_rows: int, dtype: torch.dtype, threads: int, kv_heads: int, group: int, head_dim: int, window: int, norm: bool
