@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 Loop = Any  # a function of integers and floats that returns nothing
 
-_MATH = {"reassoc", "contract", "arcp", "nsz"}  # sums may be reordered; infinities and NaN keep their meaning
+MATH = {"reassoc", "contract", "arcp", "nsz"}  # sums may be reordered; infinities and NaN keep their meaning
 
 _LOG2E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
@@ -58,7 +58,7 @@ def _compiled(loop: Loop, *, parallel: bool) -> Loop:
     """Now and not on first use, which is somebody's first request."""
     arguments = [name for name in loop.__annotations__ if name != "return"]
     kinds = [types.float64 if loop.__annotations__[name] == "float" else types.int64 for name in arguments]
-    options = {"cache": True, "fastmath": _MATH, "error_model": "numpy", "nogil": True, "parallel": parallel}
+    options = {"cache": True, "fastmath": MATH, "error_model": "numpy", "nogil": True, "parallel": parallel}
     return njit(types.void(*kinds), **options)(loop)
 
 
@@ -128,7 +128,7 @@ def _power_of_two(context: Any, exponent: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@njit(inline="always", fastmath=_MATH)
+@njit(inline="always", fastmath=MATH)
 def exp(x: Any) -> Any:
     """e ** x to 2e-7 of its value, in steps that vectorise (Cephes' expf); 0 below -87."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from masquerade_engine import Base, Engine, EngineSettings
+from masquerade_engine import Base, Engine, EngineSettings, sampler
 from masquerade_engine.detokenizer import Detokenizer
 from masquerade_engine.requests import PersonaFunction, Request, SamplingParams
 from masquerade_engine.sampler import Sampler
@@ -52,6 +52,13 @@ def naive(logits: torch.Tensor, p: SamplingParams) -> tuple[np.ndarray, np.ndarr
     return order[:keep].numpy(), probs[:keep] / probs[:keep].sum()
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def drawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded draws in the loop of the CPU, and in the torch operations of other devices."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampler, "_has_loops", lambda device: False)
+
+
 def test_greedy_is_the_likeliest_beside_any_neighbour() -> None:
     logits = random_logits(3, rows=3)
     sampled = sample(logits, [make_sequence(temperature=0.0), make_sequence(), make_sequence(temperature=0.0)], STOPS)
@@ -73,6 +80,7 @@ def test_greedy_is_the_likeliest_beside_any_neighbour() -> None:
         {"top_p": 1e-6},
     ],
 )
+@pytest.mark.usefixtures("drawn")
 def test_bounds_are_exact(vocab: int, spread: float, bounds: dict[str, Any]) -> None:
     rows = 24
     logits = random_logits(spread, rows=rows, vocab=vocab)
@@ -108,6 +116,7 @@ def test_a_seeded_request_draws_its_own_stream() -> None:
     assert len(set(alone)) == 1
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_row_draws_the_same_beside_rows_of_other_kinds() -> None:
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
@@ -130,15 +139,16 @@ def test_a_row_draws_the_same_beside_rows_of_other_kinds() -> None:
         assert [one.token_id for one in sampled] == [alone[row] for row in order]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_steps_of_other_sizes_leave_nothing_behind() -> None:
     """One sampler for batches that grow and shrink, of any kinds, is a new one for each."""
-    rng, sampler = np.random.default_rng(0), Sampler(STOPS)
+    rng, kept_sampler = np.random.default_rng(0), Sampler(STOPS)
     kinds: list[dict[str, Any]] = [{"temperature": 0.0}, {}, {"top_p": 0.9}, {"top_k": 5, "presence_penalty": 1.0}]
     for step, rows in enumerate([3, 9, 1, 4, 9, 2]):
         logits = random_logits(1.5, seed=step, rows=rows, vocab=WIDE)
         picked = [kinds[kind] for kind in rng.integers(0, len(kinds), rows)]
         kept, new = ([make_sequence(seed=row, **kind) for row, kind in enumerate(picked)] for _ in range(2))
-        assert sampler.sample(logits, kept) == sample(logits, new, STOPS)
+        assert kept_sampler.sample(logits, kept) == sample(logits, new, STOPS)
 
 
 def test_a_seeded_request_is_the_same_alone_and_in_company(
