@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from masquerade_kernels import cpu_dots as dots
 from masquerade_kernels.cpu_dots import LANES
-from masquerade_kernels.cpu_values import Loop, by_size, pointer, stored_as
+from masquerade_kernels.cpu_values import Loop, by_size, exp, pointer, stored_as
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +44,14 @@ def in_blocks(weight: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def linear_loop(num_threads: int) -> Loop:
-    """`linear` below, with the number of products that it takes first."""
+    """`linear` below."""
     return by_size(_linear(), _PARALLEL_PRODUCTS, num_threads)
+
+
+@functools.cache
+def gated_loop(num_threads: int) -> Loop:
+    """`gated` below."""
+    return by_size(_gated(), _PARALLEL_PRODUCTS, num_threads)
 
 
 @intrinsic
@@ -142,3 +148,41 @@ def _linear() -> Loop:
                             out[start + r, first + lane] = stored_as(sums[r, lane], out[start + r, first + lane])
 
     return linear
+
+
+def _gated() -> Loop:
+    def gated(
+        num_products: int,  # of the whole call, multiplications
+        num_rows: int,
+        num_pairs: int,  # of inputs
+        num_neurons: int,  # a multiple of 16
+        x_at: int,  # bf16 [num_rows, 2 num_pairs]
+        weights_at: int,  # the gates' outputs, then the ups', as `in_blocks` lays them out
+        coefficients_at: int,  # float32 [num_personas, num_neurons]; 0: all of them 1
+        num_personas: int,
+        personas_at: int,  # int64 [num_rows]: rows of `coefficients`
+        out_at: int,  # bf16 [num_rows, num_neurons]
+    ) -> None:
+        """`out = silu(x Gᵀ) * (x Uᵀ) * coefficient`, rounded once."""
+        out = carray(pointer(out_at), (num_rows, num_neurons), np.uint16)
+        coefficients = carray(pointer(coefficients_at), (num_personas, num_neurons), np.float32)
+        personas = carray(pointer(personas_at), (num_rows,), np.int64)
+        block_bytes = num_pairs * 4 * LANES
+        ups_at = weights_at + num_neurons // LANES * block_bytes
+        for block in prange(num_neurons // LANES):
+            gates, ups = np.empty((_MOST_ROWS, LANES), np.float32), np.empty((_MOST_ROWS, LANES), np.float32)
+            first, at = block * LANES, block * block_bytes
+            for start in range(0, num_rows, _MOST_ROWS):
+                taken, x_rows_at = min(_MOST_ROWS, num_rows - start), x_at + start * num_pairs * 4
+                _dot_products(taken, x_rows_at, weights_at + at, num_pairs, gates.ctypes.data)
+                _dot_products(taken, x_rows_at, ups_at + at, num_pairs, ups.ctypes.data)
+                for r in range(taken):
+                    for lane in range(LANES):
+                        ups[r, lane] *= gates[r, lane] / (np.float32(1.0) + exp(-gates[r, lane]))
+                    if coefficients_at != 0:
+                        for lane in range(LANES):
+                            ups[r, lane] *= coefficients[personas[start + r], first + lane]
+                    for lane in range(LANES):
+                        out[start + r, first + lane] = stored_as(ups[r, lane], out[start + r, first + lane])
+
+    return gated

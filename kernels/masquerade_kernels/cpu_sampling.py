@@ -37,7 +37,7 @@ def _bin_of(weight: Any) -> Any:
     return np.float32(weight).view(np.int32) >> _SHIFT
 
 
-@_compiled
+@njit(fastmath=MATH | {"nnan"}, error_model="numpy")  # so that the greatest of a block is found in vectors
 def _weigh(scores: Any, temperature: Any, weights: Any, greatest: Any) -> Any:
     """`weights = e ** ((scores - top) / temperature)`, their greatest by block, and their sum."""
     top = scores[0]
@@ -46,14 +46,13 @@ def _weigh(scores: Any, temperature: Any, weights: Any, greatest: Any) -> Any:
     scale = np.float32(1.0) / temperature
     total = 0.0
     for block in range(len(greatest)):
+        given, made = scores[block * BLOCK : (block + 1) * BLOCK], weights[block * BLOCK : (block + 1) * BLOCK]
+        for i in range(BLOCK):
+            made[i] = exp((given[i] - top) * scale)  # never below e ** -87, which is less than is ever kept
         most, mass = np.float32(0.0), np.float32(0.0)
-        for i in range(block * BLOCK, (block + 1) * BLOCK):
-            # The exponential ends at e ** -87; what is barred has no weight at all.
-            shifted = (scores[i] - top) * scale
-            weight = exp(shifted) if shifted > np.float32(-87.0) else np.float32(0.0)
-            weights[i] = weight
-            most = max(most, weight)
-            mass += weight
+        for i in range(BLOCK):
+            most = max(most, made[i])
+            mass += made[i]
         greatest[block] = most
         total += mass
     return total
@@ -74,32 +73,29 @@ def _reached_by(greatest: Any, count: Any) -> Any:
 
 
 @_compiled
-def _count(weights: Any, greatest: Any, least: Any, counts: Any, masses: Any) -> None:
-    """How many tokens weigh at least `least`, and how much they do together, by bin."""
+def _possible(weights: Any, greatest: Any, least: Any, keys: Any) -> Any:
+    """How many tokens weigh at least `least`, written to `keys`: the weight's bits above the token, from the end.
+
+    Which tokens do is hard to foretell, so that none of them is a branch.
+    """
+    found = 0
     for block in range(len(greatest)):
         if greatest[block] >= least:
             for i in range(block * BLOCK, (block + 1) * BLOCK):
-                if weights[i] >= least:
-                    index = _bin_of(weights[i])
-                    counts[index] += 1
-                    masses[index] += weights[i]
+                keys[found] = (np.int64(np.float32(weights[i]).view(np.int32)) << 32) | (_TOKENS - i)
+                found += weights[i] >= least
+    return found
 
 
 @_compiled
-def _in_order(weights: Any, greatest: Any, least: Any, index: Any, count: Any) -> Any:
-    """The tokens of one bin, the likeliest first and of equal ones the first in the vocabulary.
-
-    As keys: the weight's bits above the token, counted from the end.
-    """
-    keys = np.empty(count, np.int64)
+def _in_order(keys: Any, index: Any, count: Any) -> Any:
+    """The keys of one bin, the likeliest token first, and of equal ones the first in the vocabulary."""
+    chosen = np.empty(count + 1, np.int64)
     found = 0
-    for block in range(len(greatest)):
-        if _bin_of(greatest[block]) >= index:
-            for i in range(block * BLOCK, (block + 1) * BLOCK):
-                if weights[i] >= least and _bin_of(weights[i]) == index:
-                    keys[found] = (np.int64(np.float32(weights[i]).view(np.int32)) << 32) | (_TOKENS - i)
-                    found += 1
-    return -np.sort(-keys)
+    for key in keys:
+        chosen[found] = key
+        found += (key >> (32 + _SHIFT)) == index
+    return -np.sort(-chosen[:count])
 
 
 @njit(inline="always")
@@ -108,9 +104,7 @@ def _weight_of(key: Any) -> Any:
 
 
 @_compiled
-def _prefix(
-    weights: Any, greatest: Any, least: Any, counts: Any, masses: Any, most: Any, reach: Any
-) -> tuple[Any, Any, Any]:
+def _prefix(keys: Any, counts: Any, masses: Any, most: Any, reach: Any) -> tuple[Any, Any, Any]:
     """The likeliest tokens until they are `most` or weigh `reach`, one at least: how many, their mass, the last.
 
     The last is looked up only where the bounds end within a bin.
@@ -118,7 +112,7 @@ def _prefix(
     kept, mass, last = 0, 0.0, -1
     for index in range(_BINS - 1, -1, -1):
         if counts[index] > 0 and (kept + counts[index] >= most or mass + masses[index] >= reach):
-            for key in _in_order(weights, greatest, least, index, counts[index]):
+            for key in _in_order(keys, index, counts[index]):
                 if kept == most or (mass >= reach and kept > 0):
                     break
                 mass += _weight_of(key)
@@ -138,21 +132,25 @@ def _drawn(
     total = _weigh(scores, temperature, weights, greatest)
     # 1. Below `least` nothing is kept: by min_p, which this applies, or since the other bounds end above.
     top_p_alone = min_p == 0.0 and top_k == 0
-    least = max(np.float32(1e-38), np.float32(max(min_p, (1.0 - top_p) * total / len(scores) if top_p_alone else 0.0)))
+    least = max(np.float32(1e-37), np.float32(max(min_p, (1.0 - top_p) * total / len(scores) if top_p_alone else 0.0)))
     if top_k > 0:
         least = max(least, _reached_by(greatest, top_k))
+    room = np.empty(len(scores) + 1, np.int64)
+    keys = room[: _possible(weights, greatest, least, room)]
     counts, masses = np.zeros(_BINS, np.int64), np.zeros(_BINS, np.float64)
-    _count(weights, greatest, least, counts, masses)
+    for key in keys:
+        counts[key >> (32 + _SHIFT)] += 1
+        masses[key >> (32 + _SHIFT)] += _weight_of(key)
     # 2. top_k, then top_p's share of what that keeps.
     kept, mass = counts.sum(), masses.sum()
     if top_k > 0:
-        kept, mass, _ = _prefix(weights, greatest, least, counts, masses, min(top_k, kept), np.inf)
+        kept, mass, _ = _prefix(keys, counts, masses, min(top_k, kept), np.inf)
     if top_p < 1.0:
         reach = top_p * (total if top_p_alone else mass)
-        kept, mass, _ = _prefix(weights, greatest, least, counts, masses, kept, reach)
+        kept, mass, _ = _prefix(keys, counts, masses, kept, reach)
     # 3. The draw: the first token whose running sum is above the target, or the last that is kept.
     target = np.nextafter(draw * mass, np.inf)
-    return _prefix(weights, greatest, least, counts, masses, kept, target)[2]
+    return _prefix(keys, counts, masses, kept, target)[2]
 
 
 def _draw() -> Loop:
@@ -161,6 +159,7 @@ def _draw() -> Loop:
         width: int,  # of a row of scores, a multiple of the block
         scores_at: int,  # float32 [.., width]
         rows_at: int,  # int64 [num_rows]: theirs
+        weights_at: int,  # float32 [num_rows, width]: room for what is computed
         bounds_at: int,  # float64 [num_rows, 5]: temperature, min_p, top_k (0: none), top_p, the draw in [0, 1)
         tokens_at: int,  # int64 [num_rows, 1]
     ) -> None:
@@ -173,7 +172,7 @@ def _draw() -> Loop:
         tokens = carray(pointer(tokens_at), (num_rows, 1), np.int64)
         for n in prange(num_rows):
             scores = carray(pointer(scores_at + rows[n] * width * 4), (width,), np.float32)
-            weights, greatest = np.empty(width, np.float32), np.empty(width // BLOCK, np.float32)
+            weights = carray(pointer(weights_at + n * width * 4), (width,), np.float32)
             tokens[n, 0] = _drawn(
                 scores,
                 np.float32(bounds[n, 0]),
@@ -182,7 +181,7 @@ def _draw() -> Loop:
                 bounds[n, 3],
                 bounds[n, 4],
                 weights,
-                greatest,
+                np.empty(width // BLOCK, np.float32),
             )
 
     return draw

@@ -62,10 +62,10 @@ class DotLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """`weight` is `[out_features, in_features]`, `bias` `[out_features]`; neither is kept by reference."""
-        from masquerade_kernels.cpu_linear import in_blocks, linear_loop  # noqa: PLC0415  (numba: a second of import)
+        from masquerade_kernels.cpu_linear import gated_loop, in_blocks, linear_loop  # noqa: PLC0415  (numba: a second of import)
 
         super().__init__()
-        self._loop_for = linear_loop
+        self._loop_for, self._gated_loop_for = linear_loop, gated_loop
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self._weight = in_blocks(weight.detach())
@@ -87,6 +87,36 @@ class DotLinear(nn.Module):
             x.data_ptr(),
             self._weight.data_ptr(),
             0 if self._bias is None else self._bias.data_ptr(),
+            output.data_ptr(),
+        )
+        return output
+
+    @property
+    def can_gate(self) -> bool:
+        """Whether `gated` runs: the gates fill whole vectors, and nothing is added to them."""
+        return self.out_features % 32 == 0 and self._bias is None
+
+    def gated(self, x: torch.Tensor, coefficients: torch.Tensor | None, personas: torch.Tensor | None) -> torch.Tensor:
+        """`silu(gate) * up * coefficient`, `[num_rows, num_neurons]`, where the outputs are gates and then ups.
+
+        Arguments as at `RowOps.swiglu`, which this is in one pass with the products, rounded once.
+        """
+        assert x.dtype == self.dtype, f"a {self.dtype} linear was given {x.dtype}"
+        x = x.contiguous()
+        num_rows, num_neurons = x.shape[0], self.out_features // 2
+        output = x.new_empty(num_rows, num_neurons)
+        scaled = coefficients is not None and personas is not None
+        loop = self._gated_loop_for(torch.get_num_threads())
+        loop(
+            num_rows * self.in_features * self.out_features,
+            num_rows,
+            self.in_features // 2,
+            num_neurons,
+            x.data_ptr(),
+            self._weight.data_ptr(),
+            coefficients.data_ptr() if scaled else 0,
+            coefficients.shape[0] if scaled else 0,
+            personas.data_ptr() if scaled else 0,
             output.data_ptr(),
         )
         return output

@@ -17,8 +17,9 @@ from masquerade_kernels.gathered import (
     TransposedLinear,
     gathered_layer_pack,
 )
-from masquerade_kernels.linear import Linear, PackedLinear, pack_linear
+from masquerade_kernels.linear import DotLinear, Linear, PackedLinear, pack_linear
 from masquerade_kernels.lora import LoraLayer, lora_bytes, lora_layer, lora_of
+from masquerade_kernels.rows import RowOps
 from masquerade_masks import SubNetwork
 from masquerade_masks.attached import PARTS, full_name
 
@@ -91,6 +92,14 @@ class LayerPack:
     down: Linear | TransposedLinear  # |U| -> hidden
     coefficients: torch.Tensor | None = None  # float32 [num_members, |U|]; None: all of them 1
     biases: torch.Tensor | None = None  # float32 [num_members, hidden]
+
+    def activations(
+        self, x: torch.Tensor, coefficients: torch.Tensor | None, personas: torch.Tensor | None, rows: RowOps
+    ) -> torch.Tensor:
+        """`silu(gate) * up * coefficient` of `[num_rows, hidden]`: `[num_rows, |U|]`; as `RowOps.swiglu` takes them."""
+        if isinstance(self.gate_up, DotLinear) and self.gate_up.can_gate:
+            return self.gate_up.gated(x, coefficients, personas)
+        return rows.swiglu(self.gate_up(x), coefficients, personas)
 
     @property
     def num_bytes(self) -> int:

@@ -59,10 +59,13 @@ def _run_segment(hidden: torch.Tensor, layer: int, segment: FFNSegment, rows: Ro
         assert not segment.loras, "gathered packs hold nobody with low-rank updates"
         scales, biases = segment.coefficients(layer), segment.biases(layer)
         return gathered_ffn(hidden, pack.weights, pack.neurons, scales, segment.personas, biases)
-    gate_up = pack.gate_up(hidden)
-    for lora in segment.loras:
-        lora.add_gate_up(layer, hidden, gate_up)
-    activations = rows.swiglu(gate_up, segment.coefficients(layer), segment.personas)
+    if segment.loras:
+        gate_up = pack.gate_up(hidden)
+        for lora in segment.loras:
+            lora.add_gate_up(layer, hidden, gate_up)
+        activations = rows.swiglu(gate_up, segment.coefficients(layer), segment.personas)
+    else:
+        activations = pack.activations(hidden, segment.coefficients(layer), segment.personas, rows)
     output: torch.Tensor = pack.down(activations)
     for lora in segment.loras:
         lora.add_down(layer, activations, output)

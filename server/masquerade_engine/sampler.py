@@ -67,7 +67,7 @@ class Sampler:
             tokens[which] = scores[which].argmax(dim=-1)
         for draw, rows in _rows_by_draw(sequences).items():
             if draw is _draw_bounded and _has_loops(scores.device):
-                tokens[rows] = _drawn_in_loop(scores, rows, [sequences[row] for row in rows])
+                tokens[rows] = _drawn_in_loop(scores, rows, [sequences[row] for row in rows], self._probs)
                 continue
             drawing = _Drawing.of([sequences[row] for row in rows], scores.device)
             which = torch.tensor(rows, device=scores.device)
@@ -161,8 +161,10 @@ def _has_loops(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _drawn_in_loop(scores: torch.Tensor, rows: Rows[int], sequences: Rows[Sequence]) -> torch.Tensor:
-    """Bounded draws of some rows of float32 `[num_rows, vocab]`, as `_draw_bounded` makes them."""
+def _drawn_in_loop(
+    scores: torch.Tensor, rows: Rows[int], sequences: Rows[Sequence], room: torch.Tensor
+) -> torch.Tensor:
+    """Bounded draws of some rows of float32 `[num_rows, vocab]`, as `_draw_bounded` makes them; `room` is as large."""
     parameters = [one.sampling for one in sequences]
     bounds = np.array(
         [
@@ -172,7 +174,8 @@ def _drawn_in_loop(scores: torch.Tensor, rows: Rows[int], sequences: Rows[Sequen
     )
     which, tokens = np.array(rows), np.empty(len(rows), np.int64)
     draw = sampling_loop(torch.get_num_threads())
-    draw(len(rows), scores.shape[1], scores.data_ptr(), which.ctypes.data, bounds.ctypes.data, tokens.ctypes.data)
+    at = (scores.data_ptr(), which.ctypes.data, room.data_ptr(), bounds.ctypes.data, tokens.ctypes.data)
+    draw(len(rows), scores.shape[1], *at)
     return torch.from_numpy(tokens)
 
 

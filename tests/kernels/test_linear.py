@@ -96,3 +96,30 @@ def test_every_weight_gets_the_fastest_linear_that_takes_it() -> None:
     assert type(pack_linear(weight)) is PackedLinear
     assert type(pack_linear(weight.bfloat16())) is (DotLinear if DOTS else PackedLinear)
     assert type(pack_linear(weight, int8=True)) is Int8Linear
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 40])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.skipif(not DOTS, reason="needs AVX512-BF16; elsewhere the activation is a pass of its own")
+def test_a_gated_linear_is_the_rounded_float64_activation(rows: int, scaled: bool) -> None:
+    num_neurons, hidden = 336, 130
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(2 * num_neurons, hidden, generator=generator).bfloat16()
+    x = (0.1 * torch.randn(rows, hidden, generator=generator)).bfloat16()
+    coefficients = torch.randn(3, num_neurons, generator=generator) if scaled else None
+    personas = torch.randint(0, 3, (rows,), generator=generator) if scaled else None
+    linear = DotLinear(weight)
+    assert linear.can_gate
+    found = linear.gated(x, coefficients, personas)
+    gate, up = F.linear(x.double(), weight.double()).chunk(2, dim=-1)
+    exact = F.silu(gate) * up
+    if coefficients is not None and personas is not None:
+        exact = exact * coefficients[personas].double()
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
+    assert torch.equal(linear.gated(x[-1:], coefficients, None if personas is None else personas[-1:]), found[-1:])
+
+
+def test_a_gate_that_fills_no_vector_or_has_a_bias_is_not_taken_in_one_pass() -> None:
+    if DOTS:
+        assert not DotLinear(torch.randn(40, 16).bfloat16()).can_gate
+        assert not DotLinear(torch.randn(64, 16).bfloat16(), torch.zeros(64).bfloat16()).can_gate
