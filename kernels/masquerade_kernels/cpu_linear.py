@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 
 from masquerade_kernels import cpu_dots as dots
 from masquerade_kernels.cpu_dots import LANES
-from masquerade_kernels.cpu_values import Loop, by_size, exp, pointer, stored_as
+from masquerade_kernels.cpu_values import Loop, by_size, exp, pointer, prefetch, stored_as
 
 if TYPE_CHECKING:
     import torch
@@ -124,7 +124,6 @@ def _linear() -> Loop:
         out_at: int,  # bf16 [num_rows, out_features]
     ) -> None:
         """`out = x Wᵀ + bias`, rounded once."""
-        out = carray(pointer(out_at), (num_rows, out_features), np.uint16)
         bias = carray(pointer(bias_at), (out_features,), np.float32)
         for block in prange((out_features + LANES - 1) // LANES):
             sums = np.empty((_MOST_ROWS, LANES), np.float32)
@@ -138,14 +137,16 @@ def _linear() -> Loop:
                     for r in range(taken):
                         for lane in range(width):
                             sums[r, lane] += bias[first + lane]
-                if width == LANES:  # a constant, which vectorises
-                    for r in range(taken):
-                        for lane in range(LANES):
-                            out[start + r, first + lane] = stored_as(sums[r, lane], out[start + r, first + lane])
-                else:
-                    for r in range(taken):
+                for r in range(taken):
+                    target_at = out_at + ((start + r) * out_features + first) * 2
+                    if width == LANES:
+                        target, own = carray(pointer(target_at), (LANES,), np.uint16), sums[r]
+                        for lane in range(LANES):  # over places that are known to be there: in vectors
+                            target[lane] = stored_as(own[lane], target[lane])
+                    else:
+                        rest = carray(pointer(target_at), (width,), np.uint16)
                         for lane in range(width):
-                            out[start + r, first + lane] = stored_as(sums[r, lane], out[start + r, first + lane])
+                            rest[lane] = stored_as(sums[r, lane], rest[lane])
 
     return linear
 
@@ -158,14 +159,11 @@ def _gated() -> Loop:
         num_neurons: int,  # a multiple of 16
         x_at: int,  # bf16 [num_rows, 2 num_pairs]
         weights_at: int,  # the gates' outputs, then the ups', as `in_blocks` lays them out
-        coefficients_at: int,  # float32 [num_personas, num_neurons]; 0: all of them 1
-        num_personas: int,
+        coefficients_at: int,  # float32 [.., num_neurons]; 0: all of them 1
         personas_at: int,  # int64 [num_rows]: rows of `coefficients`
         out_at: int,  # bf16 [num_rows, num_neurons]
     ) -> None:
         """`out = silu(x Gᵀ) * (x Uᵀ) * coefficient`, rounded once."""
-        out = carray(pointer(out_at), (num_rows, num_neurons), np.uint16)
-        coefficients = carray(pointer(coefficients_at), (num_personas, num_neurons), np.float32)
         personas = carray(pointer(personas_at), (num_rows,), np.int64)
         block_bytes = num_pairs * 4 * LANES
         ups_at = weights_at + num_neurons // LANES * block_bytes
@@ -174,15 +172,23 @@ def _gated() -> Loop:
             first, at = block * LANES, block * block_bytes
             for start in range(0, num_rows, _MOST_ROWS):
                 taken, x_rows_at = min(_MOST_ROWS, num_rows - start), x_at + start * num_pairs * 4
+                if coefficients_at != 0:  # a line of each row's own, which come while the products are summed
+                    for r in range(taken):
+                        prefetch(coefficients_at + (personas[start + r] * num_neurons + first) * 4)
                 _dot_products(taken, x_rows_at, weights_at + at, num_pairs, gates.ctypes.data)
                 _dot_products(taken, x_rows_at, ups_at + at, num_pairs, ups.ctypes.data)
                 for r in range(taken):
+                    gate, up = gates[r], ups[r]
                     for lane in range(LANES):
-                        ups[r, lane] *= gates[r, lane] / (np.float32(1.0) + exp(-gates[r, lane]))
+                        up[lane] *= gate[lane] / (np.float32(1.0) + exp(-gate[lane]))
                     if coefficients_at != 0:
+                        own_at = coefficients_at + (personas[start + r] * num_neurons + first) * 4
+                        own = carray(pointer(own_at), (LANES,), np.float32)
                         for lane in range(LANES):
-                            ups[r, lane] *= coefficients[personas[start + r], first + lane]
+                            up[lane] *= own[lane]
+                    target_at = out_at + ((start + r) * num_neurons + first) * 2
+                    target = carray(pointer(target_at), (LANES,), np.uint16)
                     for lane in range(LANES):
-                        out[start + r, first + lane] = stored_as(ups[r, lane], out[start + r, first + lane])
+                        target[lane] = stored_as(up[lane], target[lane])
 
     return gated

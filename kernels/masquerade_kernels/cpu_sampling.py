@@ -44,7 +44,7 @@ def _weigh(scores: Any, temperature: Any, weights: Any, greatest: Any) -> Any:
     for i in range(len(scores)):
         top = max(top, scores[i])
     scale = np.float32(1.0) / temperature
-    total = 0.0
+    total: Any = 0.0
     for block in range(len(greatest)):
         given, made = scores[block * BLOCK : (block + 1) * BLOCK], weights[block * BLOCK : (block + 1) * BLOCK]
         for i in range(BLOCK):

@@ -105,7 +105,9 @@ class DotLinear(nn.Module):
         x = x.contiguous()
         num_rows, num_neurons = x.shape[0], self.out_features // 2
         output = x.new_empty(num_rows, num_neurons)
-        scaled = coefficients is not None and personas is not None
+        scales = (0, 0)
+        if coefficients is not None and personas is not None:
+            scales = (coefficients.data_ptr(), personas.data_ptr())
         loop = self._gated_loop_for(torch.get_num_threads())
         loop(
             num_rows * self.in_features * self.out_features,
@@ -114,9 +116,7 @@ class DotLinear(nn.Module):
             num_neurons,
             x.data_ptr(),
             self._weight.data_ptr(),
-            coefficients.data_ptr() if scaled else 0,
-            coefficients.shape[0] if scaled else 0,
-            personas.data_ptr() if scaled else 0,
+            *scales,
             output.data_ptr(),
         )
         return output

@@ -17,7 +17,7 @@ from masquerade_kernels.gathered import (
     TransposedLinear,
     gathered_layer_pack,
 )
-from masquerade_kernels.linear import DotLinear, Linear, PackedLinear, pack_linear
+from masquerade_kernels.linear import DotLinear, Linear, PackedLinear, can_dot, pack_linear
 from masquerade_kernels.lora import LoraLayer, lora_bytes, lora_layer, lora_of
 from masquerade_kernels.rows import RowOps
 from masquerade_masks import SubNetwork
@@ -25,9 +25,10 @@ from masquerade_masks.attached import PARTS, full_name
 
 FloatArray = npt.NDArray[np.float32]
 
-# A cast's union counts its neurons in so many steps to all, so that its layers share a few shapes: a kernel is compiled
-# for each.
+# A cast's union counts its neurons in so many steps to all, so that its layers share a few shapes: oneDNN compiles a
+# kernel for each. Our own loops take whole vectors of any number.
 _UNION_STEPS = 24
+_VECTOR = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,11 @@ class PackFormat:
     def gathers(self, members: Sequence[SubNetwork]) -> bool:
         """Whether the pack of these members holds an index list in place of weights."""
         return self.gathered is not None and not members[0].has_own_ffn
+
+    def union_step(self, intermediate_size: int) -> int:
+        """A cast's copied pack has a multiple of so many neurons a layer."""
+        dots = not self.int8 and can_dot(torch.empty(0, 2, dtype=self.dtype, device=self.device))
+        return _VECTOR if dots else _union_step(intermediate_size)
 
     def holds(self, member: SubNetwork) -> bool:
         """Whether packs are made for it: gathered kernels take no low-rank updates, so those run on the dense pack."""
@@ -197,24 +203,30 @@ def _layers_of(
 
 def _pack_neurons(members: Sequence[SubNetwork], form: PackFormat) -> list[npt.NDArray[np.int64]]:
     """U a layer; gathered kernels are compiled for no |U|, so theirs is the masks' union and no more."""
-    return union_neurons(members, in_steps=not form.gathers(members))
+    intermediate_size = members[0].shape.intermediate_size
+    return union_neurons(members, 1 if form.gathers(members) else form.union_step(intermediate_size))
 
 
-def union_neurons(members: Sequence[SubNetwork], *, in_steps: bool = True) -> list[npt.NDArray[np.int64]]:
+def union_neurons(members: Sequence[SubNetwork], step: int | None = None) -> list[npt.NDArray[np.int64]]:
     """The neurons of the members' pack, ascending: int64 `[|U|]` a layer.
 
-    Those that any member keeps; of a cast, `in_steps`, with a few that none does up to a whole number of steps.
+    Those that any member keeps; of a cast, with a few that none does up to a whole number of steps (None: as on most
+    devices).
     """
+    step = step or _union_step(members[0].shape.intermediate_size)
     union = np.bitwise_or.reduce([member.mask.bits for member in members])
     flags = np.unpackbits(union, axis=1, bitorder="little", count=members[0].shape.intermediate_size)
-    if in_steps and len(members) > 1:
-        flags = np.stack([_rounded_up(layer) for layer in flags])
+    if len(members) > 1:
+        flags = np.stack([_rounded_up(layer, step) for layer in flags])
     return [np.flatnonzero(layer).astype(np.int64) for layer in flags]
 
 
-def _rounded_up(flags: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def _union_step(intermediate_size: int) -> int:
+    return -(-intermediate_size // _UNION_STEPS)
+
+
+def _rounded_up(flags: npt.NDArray[np.uint8], step: int) -> npt.NDArray[np.uint8]:
     """A layer's flags `[intermediate]` with the first of the unset ones set, up to a whole number of steps."""
-    step = -(-len(flags) // _UNION_STEPS)
     wanted = -int(flags.sum()) % step
     return np.where(np.cumsum(flags == 0) <= wanted, np.uint8(1), flags)
 

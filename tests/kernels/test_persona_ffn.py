@@ -107,6 +107,15 @@ def test_a_cast_shares_the_union_and_each_member_keeps_its_own_function() -> Non
                 torch.testing.assert_close(found[row : row + 1].double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_union_is_whole_vectors_where_the_loops_take_those() -> None:
+    members = [make_subnetwork(301, 16, 97, seed) for seed in range(4)]
+    for layer, neurons in enumerate(union_neurons(members, BF16.union_step(301))):
+        kept = {neuron for member in members for neuron in member.mask.kept_indices()[layer].tolist()}
+        step = 16 if BF16.union_step(301) == 16 else 13
+        assert kept <= set(neurons.tolist())
+        assert len(neurons) == min(301, -(-len(kept) // step) * step)
+
+
 def test_a_union_of_nearly_everything_is_everything() -> None:
     members = [make_subnetwork(97, 16, 60, seed) for seed in range(12)]
     assert [layer.tolist() for layer in union_neurons(members)] == [list(range(97))] * LAYERS
