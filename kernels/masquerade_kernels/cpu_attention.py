@@ -232,7 +232,6 @@ def _soon(key: int, stop: int, key_bytes: int, here: int, then: int) -> int:
 
 def _attend_in_dots(dtype: DTypeLike, head_dim: int, group: int) -> Loop:
     """As `_attend`, on bf16 dot products; weights are rounded to bf16 before the values are summed."""
-    score, add = score_keys(group, head_dim), sum_values(group, head_dim)
     lanes = np.array(lane_of(head_dim))
     key_bytes, ahead = head_dim * 2, _BYTES_AHEAD // (head_dim * 2)
 
@@ -280,7 +279,18 @@ def _attend_in_dots(dtype: DTypeLike, head_dim: int, group: int) -> Loop:
                 for first in range(start, stop, BLOCK):
                     at = scores.ctypes.data + (first - start) * 4
                     soon = _soon(first + ahead, stop, key_bytes, streams[0], streams[1] + start * key_bytes)
-                    score(query_at, keys_at + own, first, stop, np.float32(scaling), at, scores.strides[0], soon)
+                    score_keys(
+                        group,
+                        head_dim,
+                        query_at,
+                        keys_at + own,
+                        first,
+                        stop,
+                        np.float32(scaling),
+                        at,
+                        scores.strides[0],
+                        soon,
+                    )
                 _softmax(group, scores, stop - start)
                 for g in range(group):
                     for k in range(min(stop - start + BLOCK, scores.shape[1])):
@@ -290,7 +300,9 @@ def _attend_in_dots(dtype: DTypeLike, head_dim: int, group: int) -> Loop:
                 for first in range(start, stop, BLOCK):
                     at = weights.ctypes.data + (first - start) * 2
                     soon = _soon(first + ahead, stop, key_bytes, streams[1], streams[2])
-                    add(at, weights.strides[0], values_at + own, first, stop, sums.ctypes.data, soon)
+                    sum_values(
+                        group, head_dim, at, weights.strides[0], values_at + own, first, stop, sums.ctypes.data, soon
+                    )
                 for g in range(group):
                     for d in range(head_dim):
                         out[row, head * group + g, d] = stored_as(sums[g, lanes[d]], out[row, head * group + g, d])

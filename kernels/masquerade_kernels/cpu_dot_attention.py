@@ -6,7 +6,6 @@ scores are nobody's, and their values have weight zero.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,94 +36,88 @@ def lane_of(head_dim: int) -> list[int]:
     return lanes
 
 
-@functools.cache
-def score_keys(group: int, head_dim: int) -> Any:
-    """The intrinsic for one geometry."""
+@intrinsic(prefer_literal=True)
+def score_keys(
+    context: Any,
+    group: Any,  # constants of the loop that is compiled
+    head_dim: Any,
+    query_at: Any,  # bf16 [group, head_dim]
+    keys_at: Any,  # bf16 [.., head_dim], contiguous
+    first: Any,  # of the 16 keys
+    stop: Any,  # keys from here on stand for the last one
+    scaling: Any,  # float32
+    scores_at: Any,  # float32 [group, .., 16]
+    scores_stride: Any,  # bytes between two query heads
+    fetched_at: Any,  # what is needed soon, as much as 16 keys
+) -> Any:
+    """`scores[g, k] = query[g] · keys[first + k] * scaling`."""
+    heads, size = group.literal_value, head_dim.literal_value
 
-    @intrinsic
-    def score(
-        context: Any,
-        query_at: Any,  # bf16 [group, head_dim]
-        keys_at: Any,  # bf16 [.., head_dim], contiguous
-        first: Any,  # of the 16 keys
-        stop: Any,  # keys from here on stand for the last one
-        scaling: Any,  # float32
-        scores_at: Any,  # float32 [group, .., 16]
-        scores_stride: Any,  # bytes between two query heads
-        fetched_at: Any,  # what is needed soon, as much as 16 keys
-    ) -> Any:
-        """`scores[g, k] = query[g] · keys[first + k] * scaling`."""
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        query_at, keys_at, first, stop, scaling, scores_at, stride, fetched_at = arguments[2:]
+        _fetch(builder, fetched_at, size)
+        rows = _rows(builder, keys_at, first, stop, size)
+        factor = dots.in_all_lanes(builder, scaling)
+        for g in range(heads):
+            query = _vectors(builder, builder.add(query_at, dots.long(g * size * 2)), size)
+            partial = []
+            for row in rows:
+                sums = dots.zeros()
+                for part, key in zip(query, _vectors(builder, row, size), strict=True):
+                    sums = dots.dot(builder, sums, part, key)
+                partial.append(sums)
+            scores = builder.fmul(_sums_of_all(builder, partial), factor)
+            dots.store(builder, scores, builder.add(scores_at, dots.times(builder, stride, g)))
+        return context.get_dummy_value()
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            query_at, keys_at, first, stop, scaling, scores_at, stride, fetched_at = arguments
-            _fetch(builder, fetched_at, head_dim)
-            rows = _rows(builder, keys_at, first, stop, head_dim)
-            factor = dots.in_all_lanes(builder, scaling)
-            for g in range(group):
-                query = _vectors(builder, builder.add(query_at, dots.long(g * head_dim * 2)), head_dim)
-                partial = []
-                for row in rows:
-                    sums = dots.zeros()
-                    for part, key in zip(query, _vectors(builder, row, head_dim), strict=True):
-                        sums = dots.dot(builder, sums, part, key)
-                    partial.append(sums)
-                scores = builder.fmul(_sums_of_all(builder, partial), factor)
-                dots.store(builder, scores, builder.add(scores_at, dots.times(builder, stride, g)))
-            return context.get_dummy_value()
-
-        given = (query_at, keys_at, first, stop, scaling, scores_at, scores_stride, fetched_at)
-        return types.void(*given), generate
-
-    return score
+    given = (query_at, keys_at, first, stop, scaling, scores_at, scores_stride, fetched_at)
+    return types.void(group, head_dim, *given), generate
 
 
-@functools.cache
-def sum_values(group: int, head_dim: int) -> Any:
-    """The intrinsic for one geometry."""
+@intrinsic(prefer_literal=True)
+def sum_values(
+    context: Any,
+    group: Any,  # constants of the loop that is compiled
+    head_dim: Any,
+    weights_at: Any,  # bf16 [group, .., 16], zero beyond the last key
+    weights_stride: Any,  # bytes between two query heads
+    values_at: Any,  # bf16 [.., head_dim], contiguous
+    first: Any,
+    stop: Any,
+    sums_at: Any,  # float32 [group, head_dim], its dimensions as `lane_of` says
+    fetched_at: Any,  # what is needed soon, as much as 16 values
+) -> Any:
+    """`sums[g] += Σ weights[g, k] values[first + k]`."""
+    all_heads, size = group.literal_value, head_dim.literal_value
 
-    @intrinsic
-    def add(
-        context: Any,
-        weights_at: Any,  # bf16 [group, .., 16], zero beyond the last key
-        weights_stride: Any,  # bytes between two query heads
-        values_at: Any,  # bf16 [.., head_dim], contiguous
-        first: Any,
-        stop: Any,
-        sums_at: Any,  # float32 [group, head_dim], its dimensions as `lane_of` says
-        fetched_at: Any,  # what is needed soon, as much as 16 values
-    ) -> Any:
-        """`sums[g] += Σ weights[g, k] values[first + k]`."""
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        weights_at, stride, values_at, first, stop, sums_at, fetched_at = arguments[2:]
+        _fetch(builder, fetched_at, size)
+        rows = _rows(builder, values_at, first, stop, size)
+        vectors = size // LANES
+        together = max(1, _MOST_SUMS // vectors)
+        for start in range(0, all_heads, together):
+            heads = range(start, min(start + together, all_heads))
+            at = {g: builder.add(sums_at, dots.long(g * size * 4)) for g in heads}
+            sums = {
+                (g, v): dots.load(builder, builder.add(at[g], dots.long(v * 4 * LANES)), dots.SUMS)
+                for g in heads
+                for v in range(vectors)
+            }
+            for k in range(0, BLOCK, 2):
+                pairs = _interleaved(builder, rows[k], rows[k + 1], size)
+                for g in heads:
+                    own = builder.add(weights_at, dots.times(builder, stride, g))
+                    word = dots.load(builder, builder.add(own, dots.long(2 * k)), dots.WORD)
+                    weights = dots.in_all_lanes(builder, word)
+                    for v, pair in enumerate(pairs):
+                        sums[g, v] = dots.dot(builder, sums[g, v], pair, weights)
+            for (g, v), one in sums.items():
+                dots.store(builder, one, builder.add(at[g], dots.long(v * 4 * LANES)))
+        return context.get_dummy_value()
 
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            weights_at, stride, values_at, first, stop, sums_at, fetched_at = arguments
-            _fetch(builder, fetched_at, head_dim)
-            rows = _rows(builder, values_at, first, stop, head_dim)
-            vectors = head_dim // LANES
-            together = max(1, _MOST_SUMS // vectors)
-            for start in range(0, group, together):
-                heads = range(start, min(start + together, group))
-                at = {g: builder.add(sums_at, dots.long(g * head_dim * 4)) for g in heads}
-                sums = {
-                    (g, v): dots.load(builder, builder.add(at[g], dots.long(v * 4 * LANES)), dots.SUMS)
-                    for g in heads
-                    for v in range(vectors)
-                }
-                for k in range(0, BLOCK, 2):
-                    pairs = _interleaved(builder, rows[k], rows[k + 1], head_dim)
-                    for g in heads:
-                        own = builder.add(weights_at, dots.times(builder, stride, g))
-                        word = dots.load(builder, builder.add(own, dots.long(2 * k)), dots.WORD)
-                        weights = dots.in_all_lanes(builder, word)
-                        for v, pair in enumerate(pairs):
-                            sums[g, v] = dots.dot(builder, sums[g, v], pair, weights)
-                for (g, v), one in sums.items():
-                    dots.store(builder, one, builder.add(at[g], dots.long(v * 4 * LANES)))
-            return context.get_dummy_value()
-
-        given = (weights_at, weights_stride, values_at, first, stop, sums_at, fetched_at)
-        return types.void(*given), generate
-
-    return add
+    given = (weights_at, weights_stride, values_at, first, stop, sums_at, fetched_at)
+    return types.void(group, head_dim, *given), generate
 
 
 def _fetch(builder: Any, at: Any, head_dim: int) -> None:
