@@ -28,7 +28,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from estimators import Estimator, EstimatorLearner
+from estimators import Estimator, EstimatorLearner, Optimizer
 from machine import machine
 from sculpts import material, personas, prior_digest, sculpted
 from tables import header, percent, row
@@ -74,6 +74,8 @@ class Variant:
     estimator: Estimator = "straight-through"
     temperature: float = 0.0
     annealed: bool = False
+    optimizer: Optimizer = "shared scale"
+    averaged: bool = True
     data: Data = "sculpt"
     num_examples: int = 0  # the first so many; 0: all
     seed: int = 0  # of the order of examples, and of what is random
@@ -124,6 +126,8 @@ class Run:
             estimator=variant.estimator,
             temperature=variant.temperature,
             annealed=variant.annealed,
+            optimizer=variant.optimizer,
+            averaged=variant.averaged,
             seed=variant.seed,
         )
         state = cells.read_tensors("learning") if cells.read_json("learning") == asdict(variant) else None
@@ -229,7 +233,7 @@ class Persona:
         if variant.start == "random":
             return torch.rand(self.given.mask.shape, generator=torch.Generator().manual_seed(variant.seed))
         if variant.start == "usual" and self._run.prior is not None:
-            return self._run.prior.at(self.kept)
+            return averaged_ranks(self._run.prior.at(self.kept))
         saved = self._cells.read_tensors("importance")
         if saved is None:
             few = self.given.train[: self._run.settings.num_importance]
@@ -304,6 +308,11 @@ class Study:
     def annealing(self) -> list[str]:
         """The whole sparsity from the first step, or one that grows."""
         return self._compared([REFERENCE, Variant(annealed=True)])
+
+    def optimizer(self) -> list[str]:
+        """One second moment for all scores or one for each, and the average of the late steps' scores or the last."""
+        plain = Variant(averaged=False)
+        return self._compared([REFERENCE, plain, Variant(optimizer="adam"), replace(plain, optimizer="adam")])
 
     def amount(self) -> list[str]:
         """So many different examples, in the same number of steps."""
@@ -402,7 +411,7 @@ class Study:
         return share / (2 - share)
 
 
-STUDIES = ("loss", "start", "estimator", "annealing", "amount", "voice", "whose", "seeds", "similarity")
+STUDIES = ("loss", "start", "estimator", "annealing", "optimizer", "amount", "voice", "whose", "seeds", "similarity")
 
 
 def jaccard(one: torch.Tensor, other: torch.Tensor) -> float:

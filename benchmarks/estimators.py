@@ -9,6 +9,7 @@ import torch
 from masquerade_pruner.mask_learning import MaskLearner, straight_through, top_k_mask
 
 Estimator = Literal["straight-through", "gumbel", "soft"]
+Optimizer = Literal["shared scale", "adam"]
 
 COOLING = 0.1  # temperatures end at this share of where they start
 ANNEALED_SHARE = 0.5  # of the steps, over which an annealed sparsity grows
@@ -21,7 +22,9 @@ class EstimatorLearner(MaskLearner):
       Gumbel-softmax, arXiv 1611.01144, over subsets as in arXiv 1901.10517);
     - `soft`: the forward pass is `soft_top_k` itself, without noise;
     - `annealed`: dropped neurons grow from none to all that are dropped over the first half of the steps, by the cubic
-      schedule of arXiv 1710.01878.
+      schedule of arXiv 1710.01878;
+    - `adam`: every score has a second moment of its own (torch's Adam);
+    - `averaged` False: the mask is that of the last step's scores.
 
     Noise is drawn by step number, so a restored learner goes on the same.
     """
@@ -32,6 +35,8 @@ class EstimatorLearner(MaskLearner):
         estimator: Estimator = "straight-through",
         temperature: float = 0.0,  # in units of the scores; unused by `straight-through`
         annealed: bool = False,
+        optimizer: Optimizer = "shared scale",
+        averaged: bool = True,
         seed: int = 0,
         **named: Any,
     ) -> None:
@@ -39,7 +44,13 @@ class EstimatorLearner(MaskLearner):
         self._estimator = estimator
         self._temperature = temperature
         self._annealed = annealed
+        self._averaged = averaged
+        if optimizer == "adam":
+            self._optimizer = torch.optim.Adam([self.scores], lr=self._learning_rate)
         self._seed = seed
+
+    def averaged(self) -> torch.Tensor:
+        return super().averaged() if self._averaged else self.scores.detach().clone()
 
     def training_mask(self) -> torch.Tensor:
         kept = self.kept_now()

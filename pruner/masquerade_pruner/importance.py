@@ -65,7 +65,7 @@ def fisher_importance(
 
 
 def averaged_ranks(*importances: torch.Tensor) -> torch.Tensor:
-    """Scores to start from: the mean over the importances of each neuron's rank in its layer, in [0, 1]."""
+    """Scores to start from: the mean over the importances (or scores) of each neuron's rank in its layer, in [0, 1]."""
     ranks = [importance.argsort(dim=1).argsort(dim=1).float() for importance in importances]
     return torch.stack(ranks).mean(0) / max(1, importances[0].shape[1] - 1)
 

@@ -7,7 +7,7 @@ mask is taken for the identity, so z receives the mask's gradient (Persona-Prune
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,8 +103,44 @@ def straight_through(scores: torch.Tensor, kept: int) -> torch.Tensor:
     return mask
 
 
+class SharedScaleAdam(torch.optim.Optimizer):
+    """Adam with one second moment for everything it moves: steps follow the gradient's size, not its sign.
+
+    Adam moves every score by about the learning rate, however little the loss depends on it, and most of a mask's
+    border is such scores: they would be shuffled by one batch's noise. With a shared scale a score moves as far as the
+    loss asks, compared with all others of all layers (docs/sculpting.md has what that is worth).
+    """
+
+    def __init__(
+        self, params: Iterable[torch.Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-12
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter against the average of its gradients."""
+        for group in self.param_groups:
+            first, second = group["betas"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"] = torch.zeros_like(parameter)
+                    state["exp_avg_sq"] = torch.zeros((), device=parameter.device)
+                state["step"] += 1
+                number = float(state["step"])
+                state["exp_avg"].lerp_(parameter.grad, 1 - first)
+                state["exp_avg_sq"].lerp_(parameter.grad.square().mean(), 1 - second)
+                scale = (state["exp_avg_sq"] / (1 - second**number)).sqrt() + group["eps"]
+                parameter.sub_(state["exp_avg"] / scale, alpha=group["lr"] / (1 - first**number))
+
+
 class MaskLearner:
-    """Scores, their optimiser and one training step; state is saved and restored whole."""
+    """Scores, their optimiser and one training step; state is saved and restored whole.
+
+    Scores are best given as ranks in [0, 1] in their layer: a learning rate then moves as many neurons over the border
+    of the mask, whatever they come from. What comes out is an average of the scores over the second half of the steps.
+    """
 
     def __init__(
         self,
@@ -123,6 +159,7 @@ class MaskLearner:
         # Beside the model, whatever device the scores come from.
         self.scores = initial_scores.detach().to(head_weight(model).device, torch.float32, copy=True).requires_grad_()
         self.step_number = 0
+        self._sum = torch.zeros_like(self.scores, requires_grad=False)  # of the scores after each late step
         self._model = model
         self._kept = kept
         self._loss = loss
@@ -130,13 +167,21 @@ class MaskLearner:
         self._pull = torch.zeros_like(self.scores) if pull is None else pull.to(self.scores.device)
         self._micro_batch = micro_batch
         self._checkpointing = checkpointing
-        self._optimizer = torch.optim.Adam([self.scores], lr=learning_rate)
+        self._optimizer = SharedScaleAdam([self.scores], lr=learning_rate)
         self._learning_rate = learning_rate
         self._steps = steps
 
+    def averaged(self) -> torch.Tensor:
+        """The mean of the scores over the steps of the second half that are done; before it, the present scores.
+
+        `[layers, intermediate]` fp32. Single steps swing a few neurons that matter; their average does not.
+        """
+        count = self.step_number - self._steps // 2
+        return self._sum / count if count > 0 else self.scores.detach().clone()
+
     def mask(self) -> torch.Tensor:
-        """The current 0/1 mask, `[layers, intermediate]` fp32."""
-        return top_k_mask(self.scores.detach() + self._pull, self._kept)
+        """The 0/1 mask of the averaged scores, `[layers, intermediate]` fp32."""
+        return top_k_mask(self.averaged() + self._pull, self._kept)
 
     def training_mask(self) -> torch.Tensor:
         """What a step masks with, `[layers, intermediate]`, differentiable in the scores."""
@@ -154,6 +199,8 @@ class MaskLearner:
             group["lr"] = self._learning_rate * warm_cosine(self.step_number, self._steps)
         self._optimizer.step()
         self.step_number += 1
+        if self.step_number > self._steps // 2:
+            self._sum += self.scores.detach()
         return total
 
     def _micro_batches(self, examples: Sequence[Example]) -> Iterator[Planted]:
@@ -169,12 +216,13 @@ class MaskLearner:
         """Everything a resumed learner needs, as tensors."""
         adam = self._optimizer.state[self.scores]
         moments = {key: adam[key] for key in ("exp_avg", "exp_avg_sq")} if adam else {}
-        return {"scores": self.scores.detach(), "step": torch.tensor(self.step_number), **moments}
+        return {"scores": self.scores.detach(), "sum": self._sum, "step": torch.tensor(self.step_number), **moments}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state()`."""
         with torch.no_grad():
             self.scores.copy_(state["scores"])
+        self._sum.copy_(state["sum"])
         self.step_number = int(state["step"])
         if "exp_avg" in state:
             self._optimizer.state[self.scores] = {

@@ -126,7 +126,7 @@ def _write(path: Path, base: Base, settings: PriorSettings, scores: Mapping[int,
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
     metadata = {"format": FORMAT, "base": base.fingerprint, "settings": json.dumps(asdict(settings))}
-    save_file({str(kept): one.half().contiguous() for kept, one in scores.items()}, scratch, metadata)
+    save_file({str(kept): one.contiguous() for kept, one in scores.items()}, scratch, metadata)
     scratch.replace(path)
 
 
@@ -235,7 +235,7 @@ class _PriorLearning:
         with self._reporter.stage(_stage(kept)):
             learner = MaskLearner(
                 model,
-                self._first_scores(model, pools) if start is None else start,
+                self._first_scores(model, pools) if start is None else averaged_ranks(start),
                 kept,
                 steps=settings.steps,
                 learning_rate=settings.learning_rate,
@@ -266,7 +266,7 @@ class _PriorLearning:
         settings = self._settings
         state, history = self._learning.read_tensors(name), self._learning.read_json(name)
         if state is None or history is None or int(state["step"]) != history["step"]:
-            state, history = {"best": learner.scores.detach().clone()}, {"step": 0, "kl": [[0, divergence()]]}
+            state, history = {"best": learner.averaged()}, {"step": 0, "kl": [[0, divergence()]]}
         else:
             learner.restore(state)
         best = state["best"]
@@ -277,7 +277,7 @@ class _PriorLearning:
             if number % settings.validate_every == 0 or number == settings.steps:
                 kl = divergence()
                 if kl < min(value for _, value in history["kl"]):
-                    best = learner.scores.detach().clone()
+                    best = learner.averaged()
                 history["kl"].append([number, kl])
             if number % _SAVE_EVERY == 0 or number == settings.steps:
                 history["step"] = number

@@ -479,7 +479,8 @@ class _Sculptor:
 
     def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
         prior = prior_of(self.base, self.cache_dir) if self.settings.start == "prior" else None
-        return averaged_ranks(importances["wanda"], importances["fisher"]) if prior is None else prior.at(self.kept)
+        known = (importances["wanda"], importances["fisher"]) if prior is None else (prior.at(self.kept),)
+        return averaged_ranks(*known)
 
     def _pull(self, cast: Sequence[Mask]) -> torch.Tensor:
         """Towards the cast as it was when learning began, `[layers, intermediate]`: a resumed job keeps its goal."""
