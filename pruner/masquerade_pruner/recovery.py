@@ -91,6 +91,7 @@ def recover(
     settings: RecoverySettings,
     *,
     loss: Loss = "kl",
+    question_share: float = 0.0,
     seed: int = 0,
     micro_batch: int | None = None,
     checkpointing: bool = False,
@@ -103,13 +104,21 @@ def recover(
     history's `validation`), else at 0: a mask that was learned without biases can be worse with them.
 
     With a `workdir` it goes on from the last checkpoint there and ends the same, bit for bit; `on_step` gets the steps
-    done and the last one's loss, and may raise to stop. `micro_batch` and `checkpointing` are `MaskLearner`'s.
+    done and the last one's loss, and may raise to stop. `question_share`, `micro_batch` and `checkpointing` are
+    `MaskLearner`'s.
     """
     bare = replace(Change.of_mask(model, mask), lora_scale=settings.lora_alpha / settings.lora_rank)
     if kind == "none":
         return Recovered("none", bare, {})
     saved = None if workdir is None else workdir.read_tensors(_CHECKPOINT)
-    run = partial(Recoverer, settings=settings, loss=loss, micro_batch=micro_batch, checkpointing=checkpointing)
+    run = partial(
+        Recoverer,
+        settings=settings,
+        loss=loss,
+        question_share=question_share,
+        micro_batch=micro_batch,
+        checkpointing=checkpointing,
+    )
     if saved is None:
         start = _start(kind, bare, settings, seed)
         search = _Search(bare, validation(bare.forward))
@@ -144,6 +153,7 @@ class Recoverer:
         settings: RecoverySettings,
         loss: Loss = "kl",
         *,
+        question_share: float = 0.0,
         micro_batch: int | None = None,
         checkpointing: bool = False,
     ) -> None:
@@ -155,6 +165,7 @@ class Recoverer:
         self._rates = [_learning_rate(name, settings) for name in self._parameters]
         self._steps = settings.steps
         self._loss = loss
+        self._question_share = question_share
         self._micro_batch = micro_batch
         self._checkpointing = checkpointing
         # No weight decay: gains belong near 1, own weights near the base's, and a few dozen steps overfit little.
@@ -176,7 +187,7 @@ class Recoverer:
         model = self._trained.model
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for planted in plant_micro_batches(examples, model, self._micro_batch):
+        for planted in plant_micro_batches(examples, model, self._micro_batch, question_share=self._question_share):
             states = self._trained.forward(planted.tree, checkpointing=self._checkpointing)[planted.rows]
             loss = answer_loss(model, planted, states, self._loss)
             torch.autograd.backward(loss)

@@ -511,6 +511,7 @@ class _Sculptor:
                 lambda changed: self._on_validation(held_out, changed),
                 settings,
                 loss=self.settings.loss,
+                question_share=self.settings.question_share,
                 seed=self.spec.seed,
                 micro_batch=self.plan.micro_batch,
                 checkpointing=self.plan.checkpointing,

@@ -204,6 +204,8 @@ def test_everything_about_a_persona(town: Town, client: Masquerade) -> None:
 
     mask = client.personas.download_mask("odo")
     assert client.personas.upload_mask("odo", mask).version == 2
+    with pytest.raises(NotFound, match="no attached weights"):
+        client.personas.download_attached("odo")
     assert client.personas.report("odo") is None
     assert client.personas.rollback("odo").version == 1
     kept = client.personas.update("odo", text=TEXT + " He is old.", sculpt=False)

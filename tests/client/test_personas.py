@@ -342,6 +342,9 @@ def test_masks(client_of: Any, tmp_path: Path) -> None:
     client = client_of(lambda _: httpx.Response(200, content=content))
     assert client.call(lambda c: c.personas.download_mask("mira", version=2)) == content
     assert client.requests[0].url.params["version"] == "2"
+    assert client.call(lambda c: c.personas.download_attached("mira", version=3)) == content
+    assert client.requests[1].url.path.endswith("/personas/mira/attached")
+    assert client.requests[1].url.params["version"] == "3"
 
     (tmp_path / "mask.safetensors").write_bytes(content)
     upload = client_of(answering(SERVED))

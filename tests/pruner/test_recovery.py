@@ -296,3 +296,17 @@ def test_the_seed_orders_the_examples(
     ]
     assert losses[0] == losses[1] != losses[2]
     assert all(loss > 0 for loss in itertools.chain(*losses))
+
+
+def test_question_tokens_are_supervised_where_that_is_asked(
+    tiny_model: torch.nn.Module,
+    make_examples: MakeExamples,
+    mask: torch.Tensor,
+    divergence: Callable[[Forward], float],
+) -> None:
+    short = replace(SETTINGS, steps=1)
+    losses = [
+        recover(tiny_model, mask, "vectors", make_examples(4), divergence, short, question_share=share).history["loss"]
+        for share in (0.0, 0.5)
+    ]
+    assert losses[0] != losses[1]

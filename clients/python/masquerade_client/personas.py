@@ -238,6 +238,15 @@ def download_mask(persona_id: str, *, version: int | None = None) -> Call[bytes]
     return (yield from send(Request("GET", _path(persona_id, "/mask"), params=params))).content
 
 
+def download_attached(persona_id: str, *, version: int | None = None) -> Call[bytes]:
+    """The weights that a version of recovery `lora` or `full` has beside its mask (safetensors).
+
+    Raises NotFound, also where a version has none.
+    """
+    params = {} if version is None else {"version": str(version)}
+    return (yield from send(Request("GET", _path(persona_id, "/attached"), params=params))).content
+
+
 def upload_mask(persona_id: str, mask: bytes | Path) -> Call[Persona]:
     """Install a mask file as a new version. Raises BadRequest: damaged, or made for another base."""
     content = mask if isinstance(mask, bytes) else mask.read_bytes()
