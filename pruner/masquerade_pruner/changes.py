@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from masquerade_engine.seams import PersonaFFN, persona_ffns
+from masquerade_kernels.differentiable import gated
 from masquerade_masks import MaskShapeError
 from masquerade_pruner.tree import Tree, TreeContext, run_tree
 
@@ -66,11 +67,8 @@ class _ChangedContext(TreeContext):
 
     def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
         gate, up = (self._project(module, name, hidden) for name in ("gate_proj", "up_proj"))
-        activations = module.act_fn(gate) * up
         gain, bias = (self._of(module, name) for name in ("gain", "bias"))
-        if gain is not None:
-            activations = (activations.to(_at_least_fp32(gain)) * gain).to(hidden.dtype)
-        output = self._project(module, "down_proj", activations)
+        output = self._project(module, "down_proj", gated(gate, up, gain))
         return output if bias is None else (output.to(_at_least_fp32(bias)) + bias).to(hidden.dtype)
 
     def _of(self, module: PersonaFFN, name: str) -> torch.Tensor | None:

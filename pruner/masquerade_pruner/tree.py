@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from masquerade_engine.context import ForwardContext, forward_context
 from masquerade_engine.seams import PersonaFFN, decoder_layers
+from masquerade_kernels.differentiable import gated
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,13 +216,12 @@ class TreeContext:
         return self._folded_bias[number, window]
 
     def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
-        activations = module.activations(hidden)
+        mask = None if self._mask is None else self._mask[module.layer]
+        gate, up, down = (module.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        activations = gated(gate(hidden), up(hidden), mask)
         if self._watch is not None:
             self._watch.see(module.layer, activations)
-        if self._mask is not None:
-            masked: torch.Tensor = _Masked.apply(activations, self._mask[module.layer])  # type: ignore[no-untyped-call]
-            activations = masked
-        output: torch.Tensor = module.get_submodule("down_proj")(activations)
+        output: torch.Tensor = down(activations)
         return output
 
 
@@ -241,21 +241,6 @@ class ActivationWatch:
         self.sums[layer] += activations.detach().sum(dim=(0, 1), dtype=torch.float32).to(self.sums.device)
         self.squares[layer] += activations.detach().float().square().sum(dim=(0, 1)).to(self.sums.device)
         self.num_tokens += activations.shape[1] if layer == 0 else 0
-
-
-class _Masked(torch.autograd.Function):
-    """`activations * mask`, with the mask's gradient summed over tokens in fp32."""
-
-    @staticmethod
-    def forward(ctx, activations, mask):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(activations, mask)
-        return activations * mask.to(activations.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        activations, mask = ctx.saved_tensors
-        grad_mask = (grad * activations).sum(dim=(0, 1), dtype=torch.float32)
-        return grad * mask.to(grad.dtype), grad_mask
 
 
 def head_weight(model: torch.nn.Module) -> torch.Tensor:

@@ -51,7 +51,7 @@ class ReferenceContext:
             activations = module.activations(hidden)
         else:
             gate = module.gate_proj(hidden) + _update(hidden, lora.gate, lora.scale)
-            activations = module.act_fn(gate) * (module.up_proj(hidden) + _update(hidden, lora.up, lora.scale))
+            activations = F.silu(gate) * (module.up_proj(hidden) + _update(hidden, lora.up, lora.scale))
         if self._coefficients is not None:
             scale = self._coefficients[module.layer]
             activations = (activations.to(scale.dtype) * scale).to(hidden.dtype)

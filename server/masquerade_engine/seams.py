@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from masquerade_engine.context import active_context
+from masquerade_kernels.differentiable import gated, norm
 
 ATTENTION_NAME = "masquerade"
 
@@ -52,21 +53,35 @@ class PersonaFFN(nn.Module):
         self.gate_proj = mlp.get_submodule("gate_proj")
         self.up_proj = mlp.get_submodule("up_proj")
         self.down_proj = mlp.get_submodule("down_proj")
-        self.act_fn = mlp.get_submodule("act_fn")
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return active_context().ffn(self, hidden)
 
     def activations(self, hidden: torch.Tensor) -> torch.Tensor:
         """`silu(x W_gateᵀ) ⊙ (x W_upᵀ)`: `[..., hidden]` to `[..., intermediate]`."""
-        activated: torch.Tensor = self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
-        return activated
+        return gated(self.gate_proj(hidden), self.up_proj(hidden))
+
+
+class RMSNorm(nn.Module):
+    """A family's RMS norm with a fast backward pass; its weight keeps its name."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.weight = plain.get_parameter("weight")
+        self.variance_epsilon: float = getattr(plain, "variance_epsilon")  # noqa: B009
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return norm(hidden, self.weight, self.variance_epsilon)
 
 
 def install_seams(model: nn.Module) -> nn.Module:
-    """Replace every decoder layer's MLP by a `PersonaFFN`, in place; return the model."""
+    """Replace every decoder layer's MLP by a `PersonaFFN` and every norm by an `RMSNorm`, in place."""
     for layer, block in enumerate(decoder_layers(model)):
         block.mlp = PersonaFFN(layer, block.get_submodule("mlp"))
+    norms = [name for name, module in model.named_modules() if hasattr(module, "variance_epsilon")]
+    for name in norms:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, RMSNorm(model.get_submodule(name)))
     return model
 
 
