@@ -70,6 +70,11 @@ class Shape:
         return self.num_parameters * self.item
 
     @property
+    def looped(self) -> bool:
+        """Whether activations and norms are compiled loops, which keep nothing but their inputs."""
+        return not self.cuda and self.item <= 4
+
+    @property
     def neurons(self) -> int:
         """FFN neurons of all layers."""
         return self.num_layers * self.intermediate
@@ -116,21 +121,26 @@ class Training:
 
 
 def mask_training(shape: Shape) -> Training:
-    """Learning a mask: gate, silu of it, up, and their product."""
-    return Training(shape.neurons, 4 * shape.intermediate * shape.item, 0)
+    """Learning a mask."""
+    return Training(shape.neurons, _activation_bytes(shape, shape.intermediate), 0)
+
+
+def _activation_bytes(shape: Shape, neurons: int) -> int:
+    """Of an FFN, a token: gate and up; without a loop silu of the gate and the product as well."""
+    return (2 if shape.looped else 4) * neurons * shape.item
 
 
 def recovery_training(kind: str, shape: Shape, kept: int, rank: int) -> Training:
     """`vectors` (gains and biases), `lora` (of gate, up and down, with vectors) or `full`; kept neurons alone run."""
     layers, hidden, item = shape.num_layers, shape.hidden, shape.item
-    ffn, inputs = 4 * kept * item, (hidden + kept) * item  # a trained linear keeps what it reads
+    ffn, inputs = _activation_bytes(shape, kept), (hidden + kept) * item  # a trained linear keeps what it reads
     gathered = 3 * hidden * kept * item
     vectors = layers * (kept + hidden)
     if kind == "vectors":
-        return Training(vectors, ffn + 4 * kept, gathered)
+        return Training(vectors, ffn, gathered)
     if kind == "lora":
         low_rank = layers * 3 * rank * (hidden + kept)
-        return Training(vectors + low_rank, ffn + 4 * kept + inputs + 3 * rank * item, gathered)
+        return Training(vectors + low_rank, ffn + inputs + 3 * rank * item, gathered)
     return Training(layers * 3 * hidden * kept, ffn + inputs, gathered)
 
 
@@ -148,9 +158,10 @@ def block_saved(shape: Shape, tokens: int, prompt: int, branches: int, training:
     """Bytes that autograd keeps of one decoder block, for a tree of `tokens` in `branches` around a prompt."""
     own = 1.2 * (tokens - prompt) / branches  # padded to the longest of a group
     heads, kv_heads, item = shape.num_heads, shape.num_kv_heads, shape.item
-    norms = 8 * shape.hidden * tokens  # two fp32 copies of the stream
+    normed = 2 * item if shape.looped else 8  # bytes of a value: the stream twice; without a loop in fp32
+    norms = normed * shape.hidden * tokens
     if shape.head_norms:
-        norms += 8 * shape.head_dim * (heads + kv_heads) * tokens
+        norms += normed * shape.head_dim * (heads + kv_heads) * tokens
     attention = (
         shape.head_dim
         * item
