@@ -74,7 +74,7 @@ class Variant:
     estimator: Estimator = "straight-through"
     temperature: float = 0.0
     annealed: bool = False
-    optimizer: Optimizer = "shared scale"
+    optimizer: Optimizer = "damped"
     averaged: bool = True
     data: Data = "sculpt"
     num_examples: int = 0  # the first so many; 0: all

@@ -9,7 +9,7 @@ import torch
 from masquerade_pruner.mask_learning import MaskLearner, straight_through, top_k_mask
 
 Estimator = Literal["straight-through", "gumbel", "soft"]
-Optimizer = Literal["shared scale", "adam"]
+Optimizer = Literal["damped", "adam"]
 
 COOLING = 0.1  # temperatures end at this share of where they start
 ANNEALED_SHARE = 0.5  # of the steps, over which an annealed sparsity grows
@@ -35,7 +35,7 @@ class EstimatorLearner(MaskLearner):
         estimator: Estimator = "straight-through",
         temperature: float = 0.0,  # in units of the scores; unused by `straight-through`
         annealed: bool = False,
-        optimizer: Optimizer = "shared scale",
+        optimizer: Optimizer = "damped",
         averaged: bool = True,
         seed: int = 0,
         **named: Any,

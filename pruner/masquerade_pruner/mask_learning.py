@@ -103,18 +103,17 @@ def straight_through(scores: torch.Tensor, kept: int) -> torch.Tensor:
     return mask
 
 
-class SharedScaleAdam(torch.optim.Optimizer):
-    """Adam with one second moment for everything it moves: steps follow the gradient's size, not its sign.
+class DampedAdam(torch.optim.Optimizer):
+    """Adam whose epsilon is the root mean square of all gradients: m / (√v + √mean(v)).
 
     Adam moves every score by about the learning rate, however little the loss depends on it, and most of a mask's
-    border is such scores: they would be shuffled by one batch's noise. With a shared scale a score moves as far as the
-    loss asks, compared with all others of all layers (docs/sculpting.md has what that is worth).
+    border is such scores: one batch's noise shuffles them. Steps as large as gradients throw out neurons that matter.
+    Here a score that matters less than most moves by the size of its gradient, and none by more than the learning rate
+    (docs/sculpting.md has what that is worth).
     """
 
-    def __init__(
-        self, params: Iterable[torch.Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.98), eps: float = 1e-12
-    ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+    def __init__(self, params: Iterable[torch.Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.98)) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -125,13 +124,13 @@ class SharedScaleAdam(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["step"] = torch.tensor(0.0)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros((), device=parameter.device)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 state["step"] += 1
                 number = float(state["step"])
                 state["exp_avg"].lerp_(parameter.grad, 1 - first)
-                state["exp_avg_sq"].lerp_(parameter.grad.square().mean(), 1 - second)
-                scale = (state["exp_avg_sq"] / (1 - second**number)).sqrt() + group["eps"]
+                state["exp_avg_sq"].lerp_(parameter.grad.square(), 1 - second)
+                square = state["exp_avg_sq"] / (1 - second**number)
+                scale = square.sqrt() + square.mean().sqrt().clamp(min=1e-30)
                 parameter.sub_(state["exp_avg"] / scale, alpha=group["lr"] / (1 - first**number))
 
 
@@ -139,7 +138,7 @@ class MaskLearner:
     """Scores, their optimiser and one training step; state is saved and restored whole.
 
     Scores are best given as ranks in [0, 1] in their layer: a learning rate then moves as many neurons over the border
-    of the mask, whatever they come from. What comes out is an average of the scores over the second half of the steps.
+    of the mask, whatever they come from. What comes out is an average of the scores over the steps.
     """
 
     def __init__(
@@ -159,7 +158,7 @@ class MaskLearner:
         # Beside the model, whatever device the scores come from.
         self.scores = initial_scores.detach().to(head_weight(model).device, torch.float32, copy=True).requires_grad_()
         self.step_number = 0
-        self._sum = torch.zeros_like(self.scores, requires_grad=False)  # of the scores after each late step
+        self._average = self.scores.detach().clone()
         self._model = model
         self._kept = kept
         self._loss = loss
@@ -167,21 +166,20 @@ class MaskLearner:
         self._pull = torch.zeros_like(self.scores) if pull is None else pull.to(self.scores.device)
         self._micro_batch = micro_batch
         self._checkpointing = checkpointing
-        self._optimizer = SharedScaleAdam([self.scores], lr=learning_rate)
+        self._optimizer = DampedAdam([self.scores], lr=learning_rate)
         self._learning_rate = learning_rate
         self._steps = steps
 
     def averaged(self) -> torch.Tensor:
-        """The mean of the scores over the steps of the second half that are done; before it, the present scores.
+        """The mean of the scores over the steps so far, each weighted by its number; `[layers, intermediate]` fp32.
 
-        `[layers, intermediate]` fp32. Single steps swing a few neurons that matter; their average does not.
+        A step swings a few neurons with its batch, an average does not (arXiv 1212.2002 has the weights).
         """
-        count = self.step_number - self._steps // 2
-        return self._sum / count if count > 0 else self.scores.detach().clone()
+        return self._average.clone()
 
     def mask(self) -> torch.Tensor:
         """The 0/1 mask of the averaged scores, `[layers, intermediate]` fp32."""
-        return top_k_mask(self.averaged() + self._pull, self._kept)
+        return top_k_mask(self._average + self._pull, self._kept)
 
     def training_mask(self) -> torch.Tensor:
         """What a step masks with, `[layers, intermediate]`, differentiable in the scores."""
@@ -199,8 +197,7 @@ class MaskLearner:
             group["lr"] = self._learning_rate * warm_cosine(self.step_number, self._steps)
         self._optimizer.step()
         self.step_number += 1
-        if self.step_number > self._steps // 2:
-            self._sum += self.scores.detach()
+        self._average.lerp_(self.scores.detach(), 2 / (self.step_number + 1))
         return total
 
     def _micro_batches(self, examples: Sequence[Example]) -> Iterator[Planted]:
@@ -216,13 +213,18 @@ class MaskLearner:
         """Everything a resumed learner needs, as tensors."""
         adam = self._optimizer.state[self.scores]
         moments = {key: adam[key] for key in ("exp_avg", "exp_avg_sq")} if adam else {}
-        return {"scores": self.scores.detach(), "sum": self._sum, "step": torch.tensor(self.step_number), **moments}
+        return {
+            "scores": self.scores.detach(),
+            "average": self._average,
+            "step": torch.tensor(self.step_number),
+            **moments,
+        }
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
         """Continue from `state()`."""
         with torch.no_grad():
             self.scores.copy_(state["scores"])
-        self._sum.copy_(state["sum"])
+        self._average.copy_(state["average"])
         self.step_number = int(state["step"])
         if "exp_avg" in state:
             self._optimizer.state[self.scores] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class Prior:
     """Scores by the number of neurons kept in a layer, fp32 `[layers, intermediate]` each."""
 
     scores: Mapping[int, torch.Tensor]
+    rounds: int = 1  # of learning, each from the last one's scores
 
     def at(self, kept: int) -> torch.Tensor:
         """The scores learned for the nearest number of kept neurons."""
@@ -100,33 +101,44 @@ def learn_prior(
     out: Path,
     settings: PriorSettings,
     *,
+    start: Prior | None = None,
     instructions: InstructionSet | None = None,
     references: Sequence[Reference] | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Prior:
-    """Learn the scores of every sparsity, each from those of the one before, and write them to `out`.
+    """Learn the scores of every sparsity and write them to `out`.
 
-    The same settings in the same `workdir` go on where they were. Raises `SculptCancelled`.
+    They start from those of `start`, whose other sparsities are kept, and see other answers than it did; without it the
+    first ones start from importances, and each of the others from the one before. The same settings in the same
+    `workdir` go on where they were. Raises `SculptCancelled`.
     """
     numbers = [round_kept(base.shape.intermediate_size, sparsity) for sparsity in settings.sparsities]
     shares = {"answer": 0.15} | {_stage(kept): 0.85 / len(numbers) for kept in numbers}
     reporter = Reporter(progress, cancelled, lambda stage, seconds: None, shares)
     asked = load_instructions() if instructions is None else instructions
-    learning = _PriorLearning(base, workdir, settings, (asked, references or load_references()), reporter)
+    learning = _PriorLearning(base, workdir, settings, (asked, references or load_references()), reporter, start)
     examples = learning.answer()
-    scores: dict[int, torch.Tensor] = {}
+    learned = Prior({}, 1) if start is None else Prior(start.scores, start.rounds + 1)
+    before: torch.Tensor | None = None
     for kept in numbers:
-        scores[kept] = learning.learn(kept, examples, start=next(reversed(scores.values()), None))
-        _write(out, base, settings, scores)
+        before = learning.learn(kept, examples, before if start is None else start.at(kept))
+        learned = replace(learned, scores={**learned.scores, kept: before})
+    # Now and not after each: an interrupted round must find the same start again.
+    _write(out, base, settings, learned)
     return _read(out, base)
 
 
-def _write(path: Path, base: Base, settings: PriorSettings, scores: Mapping[int, torch.Tensor]) -> None:
+def _write(path: Path, base: Base, settings: PriorSettings, prior: Prior) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".part")
-    metadata = {"format": FORMAT, "base": base.fingerprint, "settings": json.dumps(asdict(settings))}
-    save_file({str(kept): one.contiguous() for kept, one in scores.items()}, scratch, metadata)
+    metadata = {
+        "format": FORMAT,
+        "base": base.fingerprint,
+        "settings": json.dumps(asdict(settings)),  # of the last round
+        "rounds": str(prior.rounds),
+    }
+    save_file({str(kept): one.contiguous() for kept, one in prior.scores.items()}, scratch, metadata)
     scratch.replace(path)
 
 
@@ -139,7 +151,7 @@ def _read(path: Path, base: Base) -> Prior:
         scores = {int(name): file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     if not scores or any(one.shape != expected or not one.isfinite().all() for one in scores.values()):
         raise MaskFormatError(f"{path.name} does not hold finite scores of shape {list(expected)}")
-    return Prior(scores)
+    return Prior(scores, int(metadata.get("rounds", 1)))
 
 
 class _PriorLearning:
@@ -152,8 +164,10 @@ class _PriorLearning:
         settings: PriorSettings,
         pool: tuple[InstructionSet, Sequence[Reference]],
         reporter: Reporter,
+        start: Prior | None,
     ) -> None:
         self._base = base
+        self._round = 0 if start is None else start.rounds
         self._settings = settings
         self._reporter = reporter
         self._instructions, self._references = pool
@@ -163,6 +177,7 @@ class _PriorLearning:
             "dtype": str(base.dtype),
             "instructions": self._instructions.digest,
             "personas": [reference.system_prompt for reference in self._references],
+            "round": self._round,
         }
         self._answers = Workdir(workdir / "answers", identity | {name: numbers[name] for name in _OF_ANSWERS})
         self._learning = Workdir(workdir / "scores", identity | numbers)
@@ -185,8 +200,9 @@ class _PriorLearning:
     def _plan(self, number: int, count: int) -> list[synthesis.Planned]:
         """Each reference is asked its own mix of the training questions, again and again until there are enough."""
         questions = [(one, 0.0) for one in self._instructions.train]
-        planned = synthesis.plan_training(questions, -(-count // len(questions)), self._settings.context_share, number)
-        return random.Random(f"prior {number}").sample(planned, count)
+        seed = self._round * len(self._references) + number
+        planned = synthesis.plan_training(questions, -(-count // len(questions)), self._settings.context_share, seed)
+        return random.Random(f"prior {seed}").sample(planned, count)
 
     def _answered(
         self, plans: Mapping[str, tuple[Reference, Sequence[synthesis.Planned]]], total: int

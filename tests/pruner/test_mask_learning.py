@@ -10,7 +10,7 @@ from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.losses import chunked_cross_entropy, chunked_kl, token_kl
-from masquerade_pruner.mask_learning import MaskLearner, SharedScaleAdam, plant_examples, top_k_mask
+from masquerade_pruner.mask_learning import DampedAdam, MaskLearner, plant_examples, top_k_mask
 from masquerade_pruner.tree import masked
 
 MakeExamples = Callable[..., list[Example]]
@@ -115,33 +115,35 @@ def test_a_restored_learner_goes_on_bit_for_bit(tiny_model: torch.nn.Module, mak
     torch.testing.assert_close(second.scores, whole.scores, atol=0, rtol=0)
 
 
-def test_steps_are_as_large_as_their_gradients_and_no_larger_when_all_of_these_are() -> None:
+def test_small_gradients_count_by_their_size_and_large_ones_move_no_further_than_the_rate() -> None:
     moved = []
     for scale in (1.0, 1e-4):
-        scores = torch.zeros(2, requires_grad=True)
-        optimizer = SharedScaleAdam([scores], lr=0.1)
+        scores = torch.zeros(4, requires_grad=True)
+        optimizer = DampedAdam([scores], lr=0.1)
         for _ in range(3):
-            scores.grad = scale * torch.tensor([1.0, -0.01])
+            scores.grad = scale * torch.tensor([100.0, -0.02, 0.01, 0.0])
             optimizer.step()
         moved.append(scores.detach())
-    assert float(moved[0][0]) == pytest.approx(-0.3 * 2**0.5, rel=1e-3)  # one of two: the root mean square is 1 / √2
-    assert float(moved[0][0]) == pytest.approx(-100 * float(moved[0][1]), rel=1e-4)
     torch.testing.assert_close(moved[0], moved[1])
+    large, small, smaller, still = moved[0].tolist()
+    assert large == pytest.approx(-3 * 0.1 / 1.5)  # √v = 100, and the root mean square of the four is 50
+    assert small == pytest.approx(3 * 0.1 * 0.02 / 50, rel=1e-3)
+    assert small == pytest.approx(-2 * smaller, rel=1e-3)
+    assert still == 0
 
 
-def test_the_mask_is_that_of_the_late_steps_average(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
+def test_the_mask_is_that_of_the_weighted_average(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
     examples = make_examples(4)
     start = torch.rand(3, 96, generator=torch.Generator().manual_seed(0))
     learner = MaskLearner(tiny_model, start, 48, steps=6, learning_rate=0.2)
-    after = []
-    for number in range(6):
+    assert torch.equal(learner.averaged(), start)
+    total = torch.zeros_like(start)
+    for number in range(1, 7):
         learner.step(examples)
-        after.append(learner.scores.detach().clone())
-        if number < 3:
-            torch.testing.assert_close(learner.averaged(), after[-1], atol=0, rtol=0)
-    torch.testing.assert_close(learner.averaged(), torch.stack(after[3:]).mean(0))
-    assert torch.equal(learner.mask(), top_k_mask(torch.stack(after[3:]).mean(0), 48))
-    assert not torch.equal(learner.mask(), top_k_mask(after[-1], 48))
+        total += number * learner.scores.detach()
+        torch.testing.assert_close(learner.averaged(), total / (number * (number + 1) / 2))
+    assert torch.equal(learner.mask(), top_k_mask(learner.averaged(), 48))
+    assert not torch.equal(learner.mask(), top_k_mask(learner.scores.detach(), 48))
 
 
 def test_held_out_divergence_matches_the_reference_in_the_examples_order(

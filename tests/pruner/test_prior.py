@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -71,6 +72,23 @@ def test_an_interrupted_prior_goes_on_to_the_same_scores(tiny_base: Base, tmp_pa
     halved = learn(tiny_base, tmp_path / "halved", tmp_path / "halved.safetensors")
     for kept, scores in whole.scores.items():
         assert torch.equal(halved.scores[kept], scores)
+
+
+def test_another_round_starts_from_the_prior_there_is_and_asks_anew(tiny_base: Base, tmp_path: Path) -> None:
+    first = learn(tiny_base, tmp_path / "first", tmp_path / "first.safetensors")
+    fewer = replace(SMALL, sparsities=(0.25,))
+    path = tmp_path / "second.safetensors"
+    second = learn_prior(
+        tiny_base, tmp_path / "second", path, fewer, start=first, instructions=INSTRUCTIONS, references=REFERENCES
+    )
+    many, few = (round_kept(tiny_base.shape.intermediate_size, one) for one in SMALL.sparsities)
+    assert (first.rounds, second.rounds) == (1, 2)
+    assert torch.equal(second.at(few), first.at(few))
+    history = json.loads((tmp_path / "second" / "scores" / f"kept-{many}.json").read_text())
+    again = json.loads((tmp_path / "first" / "scores" / f"kept-{many}.json").read_text())
+    assert history["kl"][0][1] == pytest.approx(min(kl for _, kl in again["kl"]), rel=1e-4)
+    answers = [(tmp_path / name / "answers" / "ada.jsonl").read_text() for name in ("first", "second")]
+    assert answers[0] != answers[1]
 
 
 def test_the_nearest_number_of_kept_neurons_is_taken() -> None:

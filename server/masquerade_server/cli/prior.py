@@ -19,6 +19,7 @@ Sparsities = Annotated[
 ]
 Steps = Annotated[int, typer.Option(help="Learning steps for each sparsity, of 16 answers each.", min=1)]
 Instructions = Annotated[Path | None, typer.Option(help="Questions of your own, in Alpaca format (.json or .jsonl).")]
+FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Start from importances, not the prior there is.")]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write the prior here, not where sculpts look for it.")
 ]
@@ -27,6 +28,7 @@ Output = Annotated[
 def prior(
     sparsity: Sparsities = [0.25, 0.5],  # noqa: B006  (typer reads it)
     steps: Steps = 240,
+    from_scratch: FromScratch = False,
     instructions: Instructions = None,
     output: Output = None,
     config: options.Config = None,
@@ -42,11 +44,12 @@ def prior(
     masquerade prior --sparsity 0.35 --steps 400
 
     Twelve reference personas answer the instruction set, and one mask is learned for all of them. Sculpts then need
-    fewer steps, and their masks overlap. The bundled model's prior ships. Interrupted, the same command goes on.
+    fewer steps, and their masks overlap. The bundled model's prior ships. Where the base has one, that is learned
+    further, from other answers. Interrupted, the same command goes on.
     """
     settings = options.settings_of(config, cache_dir=cache_dir, model=model, dtype=dtype, device=device)
     from masquerade_pruner.instructions import load_instructions  # noqa: PLC0415
-    from masquerade_pruner.prior import PriorSettings, learn_prior, prior_path  # noqa: PLC0415  (torch)
+    from masquerade_pruner.prior import PriorSettings, learn_prior, prior_of, prior_path  # noqa: PLC0415  (torch)
 
     asked = load_instructions(instructions)
     wanted = replace(PriorSettings(), sparsities=tuple(sparsity), steps=steps)
@@ -65,6 +68,7 @@ def prior(
             workdir,
             out,
             wanted,
+            start=None if from_scratch else prior_of(base, settings.cache_dir),
             instructions=asked,
             progress=lambda at: display.show(
                 at.stage, at.completed, at.total, eta_s=at.eta_s, loss=at.loss, message=at.message
