@@ -35,7 +35,7 @@ class SculptSettings:
     answer_tokens: int = 64  # longer answers are cut, and their cut is not supervised as an end
     context_share: float = 0.25  # of the branches, with a scene line or earlier turns
     branches_per_step: int = 16
-    steps: int = 48
+    steps: int = 24  # from a prior; more from there gain little
     learning_rate: float = 0.012
     loss: Loss = "kl"
     start: Start = "prior"  # what scores start from; `importance` too where the base has no prior
@@ -46,7 +46,7 @@ class SculptSettings:
     num_test: int = 150
     num_test_scenes: int = 32
     num_free_running: int = 48
-    validate_every: int = 12
+    validate_every: int = 8
     recovery: RecoverySettings = field(default_factory=RecoverySettings)
 
     @property

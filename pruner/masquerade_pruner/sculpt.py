@@ -479,6 +479,9 @@ class _Sculptor:
 
     def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
         prior = prior_of(self.base, self.cache_dir) if self.settings.start == "prior" else None
+        if prior is None and self.settings.start == "prior":
+            missing = "this base has no prior yet: `masquerade prior` learns one, which sculpts gain from"
+            self.reporter.at(0, self.settings.steps, message=missing)
         known = (importances["wanda"], importances["fisher"]) if prior is None else (prior.at(self.kept),)
         return averaged_ranks(*known)
 

@@ -250,8 +250,9 @@ def test_learning_starts_from_the_prior(
     scores = torch.rand(shape.num_layers, shape.intermediate_size, generator=torch.Generator().manual_seed(1))
     path = prior_path(tiny_base, tmp_path)
     path.parent.mkdir()
-    save_file({str(kept): scores * 100}, path, {"format": "masquerade.prior/1", "base": tiny_base.fingerprint})
-    learned = run_sculpt(tmp_path / "work", cache_dir=tmp_path).subnetwork.mask  # a few steps move nothing by 100
+    save_file({str(kept): scores}, path, {"format": "masquerade.prior/1", "base": tiny_base.fingerprint})
+    still = replace(PRESETS["smoke"], learning_rate=1e-9)
+    learned = run_sculpt(tmp_path / "work", cache_dir=tmp_path, numbers=still).subnetwork.mask
     assert np.array_equal(learned.to_dense(), top_k_mask(scores, kept).numpy().astype(bool))
 
 
@@ -397,10 +398,13 @@ class Rewriter:
             yield Reply(chat.id, text, "length" if len(self.asked) % 5 == 0 else "stop")
 
 
+BOLD = replace(PRESETS["smoke"], learning_rate=0.1)  # enough for six steps to show
+
+
 @pytest.fixture(scope="session")
 def taught(run_sculpt: Callable[..., SculptResult], tmp_path_factory: pytest.TempPathFactory) -> SculptResult:
     spoiled = {3: " ", 7: "As an AI, I have no bridge.", 11: ""}
-    return run_sculpt(tmp_path_factory.mktemp("taught"), answers="remote", teacher=Rewriter(spoiled.get))
+    return run_sculpt(tmp_path_factory.mktemp("taught"), answers="remote", teacher=Rewriter(spoiled.get), numbers=BOLD)
 
 
 def test_a_remote_teachers_answers_are_learned_with_cross_entropy(taught: SculptResult, tiny_base: Base) -> None:
@@ -432,7 +436,7 @@ def test_recovery_after_a_remote_teacher_is_chosen_by_its_likelihood(
     run_sculpt: Callable[..., SculptResult], taught: SculptResult, tmp_path: Path
 ) -> None:
     spoiled = {3: " ", 7: "As an AI, I have no bridge.", 11: ""}
-    recovered = run_sculpt(tmp_path, recovery="vectors", answers="remote", teacher=Rewriter(spoiled.get))
+    recovered = run_sculpt(tmp_path, recovery="vectors", answers="remote", teacher=Rewriter(spoiled.get), numbers=BOLD)
     assert recovered.subnetwork.mask == taught.subnetwork.mask
     assert recovered.recovery == "vectors"
     before, after = (one.report["one_turn"]["all"]["nll"]["mean"] for one in (taught, recovered))
