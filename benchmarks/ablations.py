@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 from estimators import Estimator, EstimatorLearner, Optimizer
 from machine import machine
-from sculpts import material, personas, prior_digest, sculpted
+from sculpts import material, personas, prior_digest, sculpted, usual_workdir
 from tables import header, percent, row
 
 from masquerade_engine.base import BUNDLED, Base, load_base
@@ -310,7 +309,7 @@ class Study:
         return self._compared([REFERENCE, Variant(annealed=True)])
 
     def optimizer(self) -> list[str]:
-        """One second moment for all scores or one for each, and the average of the late steps' scores or the last."""
+        """Damped Adam or Adam, and the weighted average of the scores or the last ones."""
         plain = Variant(averaged=False)
         return self._compared([REFERENCE, plain, Variant(optimizer="adam"), replace(plain, optimizer="adam")])
 
@@ -469,9 +468,7 @@ def _options() -> argparse.Namespace:
     if options.steps is None:
         options.steps = PRESETS[options.preset].steps
     if options.workdir is None:
-        # Other settings would clear the checkpoints of fidelity.py's sculpts.
-        name = "masquerade-quick" if options.quick else "masquerade-fidelity"
-        options.workdir = Path(tempfile.gettempdir()) / name
+        options.workdir = usual_workdir(quick=options.quick)
     return options
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import machine
-from sculpts import Material, material, personas, sculpted
+from sculpts import Material, material, personas, sculpted, usual_workdir
 from tables import header, percent, row
 
 from masquerade_engine.base import BUNDLED, load_base
@@ -216,9 +215,7 @@ def _options() -> argparse.Namespace:
         options.personas = (options.personas or ["pip"])[:1]
         options.sparsity = options.sparsity[:1]
     if options.workdir is None:
-        # Other settings would clear the checkpoints of fidelity.py's sculpts.
-        name = "masquerade-quick" if options.quick else "masquerade-fidelity"
-        options.workdir = Path(tempfile.gettempdir()) / name
+        options.workdir = usual_workdir(quick=options.quick)
     return options
 
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from machine import machine
-from sculpts import personas, sculpted
+from sculpts import personas, sculpted, usual_workdir
 
 from masquerade_engine.base import load_base
 from masquerade_engine.threads import available_cores
@@ -53,7 +52,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("personas", nargs="*", help="text files or ids of ready personas; default: all of these")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.5])
     parser.add_argument("--preset", default="default")
-    parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "masquerade-fidelity")
+    parser.add_argument("--workdir", type=Path, default=usual_workdir(quick=False))
     parser.add_argument("--out", type=Path, help="write the table here as well, as Markdown")
     return parser.parse_args()
 

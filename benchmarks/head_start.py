@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from machine import machine
-from sculpts import Material, material, personas, prior_digest, sculpted
+from sculpts import Material, material, personas, prior_digest, sculpted, usual_workdir
 from tables import header, row
 
 from masquerade_engine.base import BUNDLED, load_base
@@ -124,9 +123,7 @@ def _options() -> argparse.Namespace:
         options.preset, options.steps, options.every = "smoke", 6, 2
         options.personas, options.sparsity = (options.personas or ["pip"])[:1], options.sparsity[:1]
     if options.workdir is None:
-        # Other settings would clear the checkpoints of fidelity.py's sculpts.
-        name = "masquerade-quick" if options.quick else "masquerade-fidelity"
-        options.workdir = Path(tempfile.gettempdir()) / name
+        options.workdir = usual_workdir(quick=options.quick)
     return options
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,11 @@ class Material:
     validation: list[Example]
     test: list[Example]
     mask: torch.Tensor  # [layers, intermediate] fp32: what it learned
+
+
+def usual_workdir(*, quick: bool) -> Path:
+    """Where benchmarks share their sculpts; quick ones, whose settings would clear the others' checkpoints, apart."""
+    return Path(tempfile.gettempdir()) / ("masquerade-quick" if quick else "masquerade-fidelity")
 
 
 def personas(wanted: Sequence[str]) -> Personas:

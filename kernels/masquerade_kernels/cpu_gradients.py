@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numba import carray, prange
 
-from masquerade_kernels.cpu_values import Loop, by_size, exp, load, pointer, stored_as
+from masquerade_kernels.cpu_rows import over_rows
+from masquerade_kernels.cpu_values import Loop, exp, load, pointer, stored_as
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
 CHUNKS = 16  # of rows, summed one by one: as many on every machine, so that sums are the same to the bit
-_PARALLEL_ROWS = 48  # from which a second thread earns its start
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,7 @@ class GradientLoops:
 @functools.cache
 def gradient_loops(bits: int, num_threads: int) -> GradientLoops:
     """The loops for values of 16 (bf16) or 32 (float32) bits."""
-    dtype = np.uint16 if bits == 16 else np.float32
-    makers = (_norm_backward, _gated, _gated_backward)
-    return GradientLoops(*(by_size(make(dtype), _PARALLEL_ROWS, num_threads) for make in makers))
+    return GradientLoops(*over_rows((_norm_backward, _gated, _gated_backward), bits, num_threads))
 
 
 def _norm_backward(dtype: DTypeLike) -> Loop:

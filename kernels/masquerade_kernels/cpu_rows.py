@@ -12,6 +12,8 @@ from numba import carray, prange
 from masquerade_kernels.cpu_values import Loop, by_size, exp, load, pointer, stored_as
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from numpy.typing import DTypeLike
 
 # Rows from which a second thread earns its start: 32 rows of 576 take 5 us on one, and starting another takes as long.
@@ -30,8 +32,13 @@ class RowLoops:
 @functools.cache
 def row_loops(bits: int, num_threads: int) -> RowLoops:
     """The loops for values of 16 (bf16) or 32 (float32) bits."""
+    return RowLoops(*over_rows((_norm, _add_norm, _swiglu), bits, num_threads))
+
+
+def over_rows(makers: Iterable[Callable[[DTypeLike], Loop]], bits: int, num_threads: int) -> list[Loop]:
+    """Loops whose first argument is a number of rows, for values of 16 (bf16) or 32 (float32) bits."""
     dtype = np.uint16 if bits == 16 else np.float32
-    return RowLoops(*(by_size(make(dtype), _PARALLEL_ROWS, num_threads) for make in (_norm, _add_norm, _swiglu)))
+    return [by_size(make(dtype), _PARALLEL_ROWS, num_threads) for make in makers]
 
 
 def _norm(dtype: DTypeLike) -> Loop:

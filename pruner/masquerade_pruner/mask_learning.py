@@ -19,6 +19,8 @@ from masquerade_pruner.tree import Tree, TreeContext, head_weight, plant, run_tr
 
 Loss = Literal["kl", "cross_entropy"]
 
+METHOD = "damped-adam/1"  # of learning: another one cannot go on from its checkpoints
+
 
 @dataclass(frozen=True, slots=True)
 class Planted:

@@ -27,7 +27,7 @@ from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.instructions import InstructionSet, load_instructions, spread
-from masquerade_pruner.mask_learning import MaskLearner
+from masquerade_pruner.mask_learning import METHOD, MaskLearner
 from masquerade_pruner.presets import MAX_SPARSITY
 from masquerade_pruner.progress import Progress, Reporter
 from masquerade_pruner.sensitivity import Reference, load_references
@@ -180,7 +180,7 @@ class _PriorLearning:
             "round": self._round,
         }
         self._answers = Workdir(workdir / "answers", identity | {name: numbers[name] for name in _OF_ANSWERS})
-        self._learning = Workdir(workdir / "scores", identity | numbers)
+        self._learning = Workdir(workdir / "scores", identity | numbers | {"method": METHOD})
 
     def answer(self) -> dict[str, list[Example]]:
         """Training examples of every reference, and validation examples of a few under `validation/<id>`."""

@@ -28,7 +28,7 @@ from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
-from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
+from masquerade_pruner.mask_learning import METHOD, MaskLearner, top_k_mask
 from masquerade_pruner.plan import Execution, Plan
 from masquerade_pruner.presets import OF_LEARNING, SculptSettings, SculptSpec, shortened
 from masquerade_pruner.prior import prior_of
@@ -151,8 +151,8 @@ class _Sculptor:
         of_mask = {key: value for key, value in self.metadata.items() if key != "recovery"}
         of_answers = {key: value for key, value in of_mask.items() if key not in OF_LEARNING}
         self.answers = Workdir(directories[0], {**identity, **of_answers})
-        self.learning = Workdir(directories[1], {**identity, **of_mask})
-        self.recovering = Workdir(directories[2], {**identity, **self.metadata})
+        self.learning = Workdir(directories[1], {**identity, **of_mask, "method": METHOD})
+        self.recovering = Workdir(directories[2], {**identity, **self.metadata, "method": METHOD})
         self.plan = self._planned(execution)
         shares = {stage: share for stage, share in STAGES.items() if stage != "recover" or spec.recovery != "none"}
         self.reporter = Reporter(progress, cancelled, self._add_seconds, shares)

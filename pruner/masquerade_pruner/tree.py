@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from masquerade_engine.context import ForwardContext, forward_context
-from masquerade_engine.seams import PersonaFFN, decoder_layers
-from masquerade_kernels.differentiable import gated
+from masquerade_engine.seams import PersonaFFN, RMSNorm, decoder_layers
+from masquerade_kernels.differentiable import gated, norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +223,9 @@ class TreeContext:
             self._watch.see(module.layer, activations)
         output: torch.Tensor = down(activations)
         return output
+
+    def norm(self, module: RMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+        return norm(hidden, module.weight, module.variance_epsilon)
 
 
 def _pad(states: torch.Tensor, group: BranchGroup) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""The forward context: what one forward pass tells the three seams.
+"""The forward context: what one forward pass tells the seams.
 
-transformers hands extra keyword arguments to attention but never to the MLP, so attention and FFN
+transformers hands extra keyword arguments to attention but never to the MLP, so attention, FFN and norms
 read one context that whoever runs the pass (the runner, the pruner, an oracle) sets around it.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from masquerade_engine.seams import PersonaFFN
+    from masquerade_engine.seams import PersonaFFN, RMSNorm
 
 
 class ForwardContext(Protocol):
@@ -35,6 +35,10 @@ class ForwardContext(Protocol):
 
     def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
         """Return the FFN's output for `hidden` `[batch, tokens, hidden]`; `module.layer` says where."""
+        ...
+
+    def norm(self, module: RMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+        """Return `hidden` `[..., width]` by its root mean square over the last dimension, times the norm's weight."""
         ...
 
 

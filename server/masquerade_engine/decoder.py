@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from masquerade_engine.context import forward_context
-from masquerade_engine.seams import PersonaFFN, decoder_layers
+from masquerade_engine.seams import PersonaFFN, RMSNorm, decoder_layers
 from masquerade_kernels.linear import Linear, pack_linear
 from masquerade_kernels.rows import Norm, RowOps
 
@@ -133,6 +133,9 @@ class _Recorder:
         return query.transpose(1, 2)
 
     def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden
+
+    def norm(self, module: RMSNorm, hidden: torch.Tensor) -> torch.Tensor:
         return hidden
 
 

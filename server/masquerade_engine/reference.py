@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from masquerade_engine.context import forward_context
-from masquerade_engine.seams import PersonaFFN
+from masquerade_engine.seams import PersonaFFN, RMSNorm
 from masquerade_kernels.lora import LoraFactors
 
 
@@ -46,12 +46,11 @@ class ReferenceContext:
         return attended.transpose(1, 2)
 
     def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
+        gate, up = module.gate_proj(hidden), module.up_proj(hidden)
         lora = None if self._lora is None else self._lora[module.layer]
-        if lora is None:
-            activations = module.activations(hidden)
-        else:
-            gate = module.gate_proj(hidden) + _update(hidden, lora.gate, lora.scale)
-            activations = F.silu(gate) * (module.up_proj(hidden) + _update(hidden, lora.up, lora.scale))
+        if lora is not None:
+            gate, up = gate + _update(hidden, lora.gate, lora.scale), up + _update(hidden, lora.up, lora.scale)
+        activations = F.silu(gate) * up
         if self._coefficients is not None:
             scale = self._coefficients[module.layer]
             activations = (activations.to(scale.dtype) * scale).to(hidden.dtype)
@@ -61,6 +60,11 @@ class ReferenceContext:
         if self._biases is not None:
             output = output + self._biases[module.layer].to(output.dtype)
         return output
+
+    def norm(self, module: RMSNorm, hidden: torch.Tensor) -> torch.Tensor:
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + module.variance_epsilon)
+        return module.weight * scaled.to(hidden.dtype)
 
 
 def _update(x: torch.Tensor, factors: tuple[torch.Tensor, torch.Tensor], scale: float) -> torch.Tensor:

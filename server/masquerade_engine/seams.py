@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AttentionInterface
 
 from masquerade_engine.context import active_context
-from masquerade_kernels.differentiable import gated, norm
 
 ATTENTION_NAME = "masquerade"
 
@@ -57,13 +56,9 @@ class PersonaFFN(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return active_context().ffn(self, hidden)
 
-    def activations(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`silu(x W_gateᵀ) ⊙ (x W_upᵀ)`: `[..., hidden]` to `[..., intermediate]`."""
-        return gated(self.gate_proj(hidden), self.up_proj(hidden))
-
 
 class RMSNorm(nn.Module):
-    """A family's RMS norm with a fast backward pass; its weight keeps its name."""
+    """A family's RMS norm, which the context computes; its weight keeps its name."""
 
     def __init__(self, plain: nn.Module) -> None:
         super().__init__()
@@ -71,7 +66,7 @@ class RMSNorm(nn.Module):
         self.variance_epsilon: float = getattr(plain, "variance_epsilon")  # noqa: B009
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return norm(hidden, self.weight, self.variance_epsilon)
+        return active_context().norm(self, hidden)
 
 
 def install_seams(model: nn.Module) -> nn.Module:
