@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from estimators import Estimator, EstimatorLearner, Optimizer
 from machine import machine
-from sculpts import material, personas, prior_digest, sculpted, usual_workdir
+from sculpts import material, personas, sculpted, usual_workdir
 from tables import header, percent, row
 
 from masquerade_engine.base import BUNDLED, Base, load_base
@@ -98,7 +98,8 @@ class Run:
         self.steps = steps
         self.prior = prior_of(base, cache_dir)
         self.questions = load_instructions()
-        self.identity = {"base": base.fingerprint, "preset": preset, "steps": steps, "prior": prior_digest(self.prior)}
+        self.identity = {"base": base.fingerprint, "preset": preset, "steps": steps}
+        self.identity["prior"] = None if self.prior is None else self.prior.digest()
 
     @cached_property
     def model(self) -> torch.nn.Module:

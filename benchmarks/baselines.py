@@ -36,6 +36,8 @@ from masquerade_pruner.bootstrap import Values, gap_closed
 from masquerade_pruner.evaluation import strongest_baseline
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.presets import PRESETS
+from masquerade_pruner.prior import Prior, prior_of
+from masquerade_pruner.recovery import RecoverySettings, recover
 from masquerade_pruner.tree import Forward, masked
 from masquerade_pruner.workdir import Workdir
 
@@ -75,6 +77,7 @@ class Comparison:
         *,
         identity: dict[str, Any],  # what the figures depend on: other figures in the folder are thrown away
         num_calibration: int,  # training examples that the methods see, as many as the sculpt's initial scores
+        prior: Prior | None = None,  # where recoveries may start, whichever mask they are of
         num_seeds: int = 5,  # random masks
     ) -> None:
         self._build_model = model
@@ -82,6 +85,7 @@ class Comparison:
         self._folder = folder
         self._identity = identity | {"num_calibration": num_calibration}
         self._num_calibration = num_calibration
+        self._prior = prior
         self._num_seeds = num_seeds
         self._directories: dict[str, Workdir] = {}
 
@@ -112,7 +116,7 @@ class Comparison:
 
     def _directory(self, recovery: str) -> Workdir:
         if recovery not in self._directories:
-            self._directories[recovery] = Workdir(self._folder / recovery, self._identity | _budget(recovery))
+            self._directories[recovery] = Workdir(self._folder / recovery, self._identity | self._budget(recovery))
         return self._directories[recovery]
 
     def _computed(self, method: str, seed: int, recovery: str, scratch: Path) -> Figures:
@@ -132,8 +136,6 @@ class Comparison:
         )
 
     def _recovered(self, built: Baseline, recovery: Any, scratch: Path) -> Forward:
-        from masquerade_pruner.recovery import RecoverySettings, recover  # noqa: PLC0415
-
         assert built.mask is not None
         recovered = recover(
             self._model,
@@ -142,10 +144,17 @@ class Comparison:
             self._given.train,
             lambda forward: float(self._validation.divergence(forward).kl.mean()),
             RecoverySettings(),
-            workdir=Workdir(scratch, self._identity | _budget(recovery)),
+            prior=self._prior,
+            workdir=Workdir(scratch, self._identity | self._budget(recovery)),
         )
         forward: Forward = recovered.change.forward
         return forward
+
+    def _budget(self, recovery: str) -> dict[str, Any]:
+        if recovery == "none":
+            return {}
+        start = None if self._prior is None else self._prior.digest(recovery)
+        return {"recovery": asdict(RecoverySettings()), "prior": start}
 
     @cached_property
     def _model(self) -> torch.nn.Module:
@@ -160,19 +169,12 @@ class Comparison:
         return HeldOut(self._model, self._given.test)
 
 
-def _budget(recovery: str) -> dict[str, Any]:
-    if recovery == "none":
-        return {}
-    from masquerade_pruner.recovery import RecoverySettings  # noqa: PLC0415
-
-    return {"recovery": asdict(RecoverySettings())}
-
-
 def main() -> None:
     """Sculpt or find, compare, print, write."""
     options = _options()
     torch.set_num_threads(available_cores())
     base = load_base(options.model, cache_dir=options.workdir / "cache")
+    prior = prior_of(base, options.workdir / "cache")
     model = cache(base.build_model)
     cases = []
     for persona_id, name, text in personas(options.personas):
@@ -185,6 +187,7 @@ def main() -> None:
                 options.workdir / f"{persona_id}-{sparsity}" / "baselines",
                 identity={"digest": result.subnetwork.digest, "settings": result.settings},
                 num_calibration=result.settings["num_importance"],
+                prior=prior,
                 num_seeds=options.random_seeds,
             )
             for recovery in options.recoveries:
@@ -230,7 +233,8 @@ def _head() -> list[str]:
         "paired bootstrap over questions, nested in personas. Every method saw the same examples and drops as many",
         "parameters, as nearly as whole blocks (depth) and widths (SliceGPT) allow; every mask keeps the same number",
         "of neurons in every layer, FLAP's and LLM-Pruner's too. Recoveries of a column have one budget and start from",
-        "the mask; random masks are the mean of several seeds without recovery, the first seed's with it.",
+        "the mask, or from the base's shared recovery where that is better on validation; random masks are the mean of",
+        "several seeds without recovery, the first seed's with it.",
     ]
 
 

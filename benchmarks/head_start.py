@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from machine import machine
-from sculpts import Material, material, personas, prior_digest, sculpted, usual_workdir
+from sculpts import Material, material, personas, sculpted, usual_workdir
 from tables import header, row
 
 from masquerade_engine.base import BUNDLED, load_base
@@ -54,7 +54,7 @@ def main() -> None:
             given, kept = material(result), int(result.subnetwork.mask.to_dense()[0].sum())
             cells = Workdir(
                 options.workdir / f"{persona_id}-{sparsity}" / "head-start",
-                {"digest": result.subnetwork.digest, "prior": prior_digest(prior), "steps": options.steps}
+                {"digest": result.subnetwork.digest, "prior": prior.digest(), "steps": options.steps}
                 | {"every": options.every, "settings": result.settings},
             )
             found = cells.read_json("found")

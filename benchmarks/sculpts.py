@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import tempfile
@@ -18,7 +17,6 @@ from masquerade_engine.base import Base
 from masquerade_masks import Mask
 from masquerade_pruner import Progress, SculptResult, SculptSpec, sculpt
 from masquerade_pruner.examples import Example, read_examples
-from masquerade_pruner.prior import Prior
 
 Personas = list[tuple[str, str, str]]  # id, name, text
 
@@ -76,13 +74,6 @@ def material(result: SculptResult) -> Material:
     held_out = {name: read_examples(result.examples_path.with_name(f"{name}.jsonl")) for name in ("validation", "test")}
     mask = torch.from_numpy(result.subnetwork.mask.to_dense()).float()
     return Material(read_examples(result.examples_path), **held_out, mask=mask)
-
-
-def prior_digest(prior: Prior | None) -> str | None:
-    """sha256 of a prior's scores: what was learned from another start is another mask."""
-    if prior is None:
-        return None
-    return hashlib.sha256(b"".join(prior.scores[kept].numpy().tobytes() for kept in sorted(prior.scores))).hexdigest()
 
 
 def _show(name: str) -> Callable[[Progress], None]:

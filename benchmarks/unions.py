@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from machine import machine
-from sculpts import Personas, prior_digest, sculpted
+from sculpts import Personas, sculpted
 from tables import header, row
 
 from masquerade_engine.base import BUNDLED, Base, load_base
@@ -72,7 +72,8 @@ class Run:
         self._settings = settings
         self._workdir = workdir
         self._instructions = instructions
-        self.prior = prior_digest(prior_of(base, workdir / "cache"))
+        prior = prior_of(base, workdir / "cache")
+        self.prior = None if prior is None else prior.digest()
         self._identity = {
             "base": base.fingerprint,
             "dtype": str(base.dtype),
@@ -98,7 +99,7 @@ class Run:
             "settings": asdict(numbers),
             "cast": [hashlib.sha256(one.bits.tobytes()).hexdigest() for one in towards],
         }
-        # Named by all that it depends on: a sculpt's own directory does not know its cast, nor its prior.
+        # Named by all that it depends on: a sculpt's own directory does not know its cast.
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         folder = f"{persona_id}-{sparsity}-{pull}-{digest[:12]}"
         cell = Workdir(self._workdir / folder, {"digest": digest})

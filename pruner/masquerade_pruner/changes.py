@@ -18,6 +18,8 @@ from masquerade_masks import MaskShapeError
 from masquerade_pruner.tree import Tree, TreeContext, run_tree
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# The axis of a change's tensors that counts kept neurons; others have none.
+_NEURON_AXES = {"gain": 1, "gate_proj.lora_B": 1, "up_proj.lora_B": 1, "down_proj.lora_A": 2}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +114,32 @@ def _spread(compact: torch.Tensor, kept: torch.Tensor, intermediate_size: int, *
     shape = list(compact.shape)
     shape[axis] = intermediate_size
     return compact.new_zeros(shape).index_copy_(axis, kept, compact)
+
+
+def moved(
+    tensors: Mapping[str, torch.Tensor], before: torch.Tensor, after: torch.Tensor, num_neurons: int
+) -> dict[str, torch.Tensor]:
+    """A change's tensors (no own weights) for other kept neurons: from those `before` to those `after`.
+
+    Both are `[layers, kept]`. Neurons that were not kept before have a gain of 1 and updates of 0.
+    """
+    return {
+        name: _moved(one, _NEURON_AXES[name], before, after, num_neurons, 1.0 if name == "gain" else 0.0)
+        if name in _NEURON_AXES
+        else one
+        for name, one in tensors.items()
+    }
+
+
+def _moved(
+    tensor: torch.Tensor, axis: int, before: torch.Tensor, after: torch.Tensor, num_neurons: int, fill: float
+) -> torch.Tensor:
+    by_neuron = tensor.movedim(axis, 1)  # [layers, kept, ...]
+    rest = by_neuron.shape[2:]
+    of_all = by_neuron.new_full((len(before), num_neurons, *rest), fill)
+    layers = torch.arange(len(before))[:, None]
+    of_all[layers, before] = by_neuron
+    return of_all[layers, after].movedim(1, axis)
 
 
 def full_tensors(change: Change) -> dict[str, torch.Tensor]:

@@ -9,10 +9,10 @@ how it was found.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
@@ -21,13 +21,16 @@ from masquerade_pruner.changes import Change, full_tensors, kept_weights, lora_t
 from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.examples import Example
 from masquerade_pruner.mask_learning import Loss, answer_loss, plant_examples, plant_micro_batches, warm_cosine
+from masquerade_pruner.prior import Prior
 from masquerade_pruner.tree import ActivationWatch, Forward, TreeContext, head_weight, run_tree
 from masquerade_pruner.workdir import Workdir
 
 Recovery = Literal["none", "vectors", "lora", "full"]
+Start = Literal["mask", "means", "prior"]
 
 SAVE_EVERY = 8  # steps between two checkpoints
 _CHECKPOINT = "recovery"
+_STARTS: tuple[Start, ...] = get_args(Start)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -39,8 +42,8 @@ class RecoverySettings:
     branches_per_step: int = 16
     validate_every: int = 8
     vectors_learning_rate: float = 0.01  # gains start at 1
-    lora_learning_rate: float = 1e-3
-    full_learning_rate: float = 1e-4
+    lora_learning_rate: float = 6e-3
+    full_learning_rate: float = 3e-4
     biases: bool = True  # with the gains; a stock checkpoint of the family cannot hold them
     num_means: int = 64  # examples that the dropped neurons' mean activations are taken from
     lora_rank: int = 16
@@ -82,6 +85,14 @@ class Recovered:
         return sum(one.nbytes for one in (*vectors, *self.lora.values(), *self.full.values()))
 
 
+class Order(Protocol):
+    """Which examples a step learns from."""
+
+    def batch(self, step: int) -> Sequence[Example]:
+        """Those of step number `step`, the same after a restart."""
+        ...
+
+
 def recover(
     model: torch.nn.Module,
     mask: torch.Tensor,  # [layers, intermediate], kept where it is not 0
@@ -90,6 +101,8 @@ def recover(
     validation: Callable[[Forward], float],  # the figure to lower, on held-out examples
     settings: RecoverySettings,
     *,
+    prior: Prior | None = None,
+    order: Order | None = None,  # of the training examples; by default shuffled epochs
     loss: Loss = "kl",
     question_share: float = 0.0,
     seed: int = 0,
@@ -100,8 +113,9 @@ def recover(
 ) -> Recovered:
     """Train on top of a mask; the best on validation comes back, the bare mask among the candidates.
 
-    Biases start at the dropped neurons' mean contribution where that by itself is better than the mask (step 0 of the
-    history's `validation`), else at 0: a mask that was learned without biases can be worse with them.
+    It starts at what is best on validation by itself (the history's `start`): `mask`, nothing added; `means`, biases of
+    the dropped neurons' mean contribution, with which a mask that was learned without them can be worse; `prior`, the
+    prior's recovery of this kind.
 
     With a `workdir` it goes on from the last checkpoint there and ends the same, bit for bit; `on_step` gets the steps
     done and the last one's loss, and may raise to stop. `question_share`, `micro_batch` and `checkpointing` are
@@ -120,19 +134,17 @@ def recover(
         checkpointing=checkpointing,
     )
     if saved is None:
-        start = _start(kind, bare, settings, seed)
         search = _Search(bare, validation(bare.forward))
-        if "bias" in start.tensors:
-            means = dropped_means(bare, train[: settings.num_means])
-            helped = replace(start, tensors={**start.tensors, "bias": means})
-            if search.consider(0, run(helped).change(), validation):
-                start = helped
+        start = _start(kind, bare, settings, seed)
+        for name, candidate in _other_starts(kind, start, train[: settings.num_means], prior):
+            if search.consider(0, run(candidate).change(), validation):
+                start, search.start = candidate, name
         learner = run(start)
     else:
         learner = run(replace(bare, tensors=_section(saved, "parameter", bare.kept.device)))
         learner.restore(saved)
         search = _Search.restored(bare, saved)
-    order = Epochs(train, settings.branches_per_step, f"recover {seed}")
+    order = order or Epochs(train, settings.branches_per_step, f"recover {seed}")
     while learner.step_number < settings.steps:
         search.losses.append(learner.step(order.batch(learner.step_number)))
         number = learner.step_number
@@ -224,6 +236,7 @@ class _Search:
     def __init__(self, bare: Change, unrecovered: float) -> None:
         self.best = bare
         self.best_step: int | None = None  # None: the bare mask
+        self.start: Start = "mask"
         self.losses: list[float] = []
         self._unrecovered = self._lowest = unrecovered
         self._figures: list[tuple[int, float]] = []  # step, what validation says
@@ -241,6 +254,7 @@ class _Search:
         """For the report; null where training diverged."""
         return {
             "unrecovered": self._unrecovered,
+            "start": self.start,
             "validation": [[step, _finite(figure)] for step, figure in self._figures],
             "best_step": self.best_step,
             "loss": [_finite(round(loss, 5)) for loss in self.losses],
@@ -253,6 +267,7 @@ class _Search:
             "search/figures": torch.tensor(self._figures, dtype=torch.float64),
             "search/lowest": torch.tensor([self._unrecovered, self._lowest], dtype=torch.float64),
             "search/best_step": torch.tensor(-1 if self.best_step is None else self.best_step),
+            "search/start": torch.tensor(_STARTS.index(self.start)),
             **{f"best/{name}": tensor for name, tensor in self.best.tensors.items()},
         }
 
@@ -264,6 +279,7 @@ class _Search:
         search.losses = state["search/losses"].tolist()
         search._figures = [(int(step), figure) for step, figure in state["search/figures"].tolist()]
         search._lowest = lowest
+        search.start = _STARTS[int(state["search/start"])]
         if int(state["search/best_step"]) >= 0:
             search.best_step = int(state["search/best_step"])
             search.best = replace(bare, tensors=_section(state, "best", bare.kept.device))
@@ -290,6 +306,22 @@ def _start(kind: Recovery, bare: Change, settings: RecoverySettings, seed: int) 
     if kind == "lora":
         tensors |= _low_rank(bare, settings.lora_rank, seed)
     return replace(bare, tensors=tensors)
+
+
+def _other_starts(
+    kind: Recovery, plain: Change, few: Sequence[Example], prior: Prior | None
+) -> Iterator[tuple[Start, Change]]:
+    if "bias" in plain.tensors:
+        yield "means", replace(plain, tensors={**plain.tensors, "bias": dropped_means(plain, few)})
+    shared = None if prior is None else prior.recovery(kind, plain.kept)
+    # Of another rank, or without the biases that are wanted, it is no start of this recovery.
+    if shared and {name: one.shape for name, one in shared.items()} == _shapes(plain):
+        device = plain.kept.device
+        yield "prior", replace(plain, tensors={name: one.to(device).float() for name, one in shared.items()})
+
+
+def _shapes(change: Change) -> dict[str, torch.Size]:
+    return {name: one.shape for name, one in change.tensors.items()}
 
 
 def dropped_means(change: Change, examples: Sequence[Example], *, batch: int = 16) -> torch.Tensor:

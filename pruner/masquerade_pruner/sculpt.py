@@ -143,6 +143,8 @@ class _Sculptor:
         self.kept = round_kept(base.shape.intermediate_size, spec.sparsity)
         self.system_prompt = persona_system_prompt(spec.name, spec.text)
         self.metadata = spec.metadata(self.instructions.digest, self.settings)
+        self.prior = prior_of(base, cache_dir) if self.settings.start == "prior" else None
+        digests = [None if self.prior is None else self.prior.digest(kind) for kind in ("none", spec.recovery)]
         identity = {"base": base.fingerprint, "dtype": str(base.dtype), "system_prompt": self.system_prompt}
         if self.remote is not None:
             self.metadata["teacher_model"] = self.remote.name
@@ -151,8 +153,8 @@ class _Sculptor:
         of_mask = {key: value for key, value in self.metadata.items() if key != "recovery"}
         of_answers = {key: value for key, value in of_mask.items() if key not in OF_LEARNING}
         self.answers = Workdir(directories[0], {**identity, **of_answers})
-        self.learning = Workdir(directories[1], {**identity, **of_mask, "method": METHOD})
-        self.recovering = Workdir(directories[2], {**identity, **self.metadata, "method": METHOD})
+        self.learning = Workdir(directories[1], {**identity, **of_mask, "method": METHOD, "prior": digests[0]})
+        self.recovering = Workdir(directories[2], {**identity, **self.metadata, "method": METHOD, "prior": digests[1]})
         self.plan = self._planned(execution)
         shares = {stage: share for stage, share in STAGES.items() if stage != "recover" or spec.recovery != "none"}
         self.reporter = Reporter(progress, cancelled, self._add_seconds, shares)
@@ -478,11 +480,10 @@ class _Sculptor:
         return _mean(held_out.divergence(changed).kl if self.measure == "kl" else held_out.nll(changed))
 
     def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
-        prior = prior_of(self.base, self.cache_dir) if self.settings.start == "prior" else None
-        if prior is None and self.settings.start == "prior":
+        if self.prior is None and self.settings.start == "prior":
             missing = "this base has no prior yet: `masquerade prior` learns one, which sculpts gain from"
             self.reporter.at(0, self.settings.steps, message=missing)
-        known = (importances["wanda"], importances["fisher"]) if prior is None else (prior.at(self.kept),)
+        known = (importances["wanda"], importances["fisher"]) if self.prior is None else (self.prior.at(self.kept),)
         return averaged_ranks(*known)
 
     def _pull(self, cast: Sequence[Mask]) -> torch.Tensor:
@@ -513,6 +514,7 @@ class _Sculptor:
                 answered.train,
                 lambda changed: self._on_validation(held_out, changed),
                 settings,
+                prior=self.prior,
                 loss=self.settings.loss,
                 question_share=self.settings.question_share,
                 seed=self.spec.seed,

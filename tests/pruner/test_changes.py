@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from masquerade_engine.base import Base, load_base
 from masquerade_engine.reference import reference_logits
 from masquerade_masks import MaskShapeError
-from masquerade_pruner.changes import Change, full_tensors, kept_weights, lora_tensors
+from masquerade_pruner.changes import Change, full_tensors, kept_weights, lora_tensors, moved
 from masquerade_pruner.examples import Example
 from masquerade_pruner.mask_learning import plant_examples
 from masquerade_pruner.tree import head_weight
@@ -157,3 +158,26 @@ def test_layers_that_keep_different_numbers_are_refused(tiny_model: torch.nn.Mod
     mask[1, int(mask[1].argmax())] = 0
     with pytest.raises(MaskShapeError, match=r"\[48, 47, 48\]"):
         Change.of_mask(tiny_model, mask)
+
+
+@pytest.mark.parametrize("kept", [1, 33, KEPT, 96])
+def test_a_change_moved_to_other_neurons_says_of_each_what_it_said(
+    tiny_base: Base, tiny_model: torch.nn.Module, kept: int
+) -> None:
+    change = random_change(tiny_model, random_mask(tiny_base), "lora")
+    other = Change.of_mask(tiny_model, random_mask(tiny_base, kept, seed=1))
+    num_neurons = tiny_base.shape.intermediate_size
+    tensors = moved(change.tensors, change.kept, other.kept, num_neurons)
+    both = torch.zeros(tiny_base.shape.num_layers, num_neurons).scatter_(1, change.kept, 1.0).gather(1, other.kept) > 0
+    before, after = lora_tensors(change), lora_tensors(replace(other, tensors=tensors))
+    for name, one in after.items():
+        layer = int(name.split(".")[4])
+        dropped = torch.ones(num_neurons).index_fill_(0, other.kept[layer], 0.0) > 0
+        expected = before[name].clone()
+        if num_neurons in expected.shape:
+            expected.movedim(list(expected.shape).index(num_neurons), 0)[dropped] = 0.0
+        assert torch.equal(one, expected), name
+    assert torch.equal(tensors["gain"][~both], torch.ones_like(tensors["gain"][~both]))
+    gains = torch.zeros(len(both), num_neurons, dtype=torch.float64).scatter_(1, change.kept, change.tensors["gain"])
+    assert torch.equal(tensors["gain"][both], gains.gather(1, other.kept)[both])
+    assert tensors["bias"] is change.tensors["bias"]

@@ -13,9 +13,13 @@ from safetensors.torch import save_file
 
 from masquerade_engine.base import Base
 from masquerade_masks import MaskFormatError, SculptCancelled, SettingError, round_kept
+from masquerade_pruner.changes import Change
 from masquerade_pruner.instructions import Instruction, InstructionSet, Split
-from masquerade_pruner.prior import Prior, PriorSettings, learn_prior, prior_of, prior_path
+from masquerade_pruner.mask_learning import top_k_mask
+from masquerade_pruner.prior import Prior, prior_of, prior_path
+from masquerade_pruner.prior_learning import PriorSettings, learn_prior
 from masquerade_pruner.progress import Progress
+from masquerade_pruner.recovery import Recovery
 from masquerade_pruner.sensitivity import Reference
 
 SMALL = PriorSettings(
@@ -127,3 +131,63 @@ def test_an_unusable_prior_is_refused(
 def test_sparsities_out_of_range_are_refused(sparsities: tuple[float, ...]) -> None:
     with pytest.raises(SettingError, match="sparsity"):
         replace(SMALL, sparsities=sparsities)
+
+
+@pytest.fixture(scope="module")
+def first(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Prior:
+    folder = tmp_path_factory.mktemp("first")
+    return learn(tiny_base, folder, folder / "prior.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["vectors", "lora"])
+def test_a_recovery_is_learned_on_top_of_the_priors_masks(
+    tiny_base: Base, tmp_path: Path, first: Prior, kind: Recovery
+) -> None:
+    news: list[Progress] = []
+    recovered = learn_recovery(tiny_base, tmp_path / "prior.safetensors", kind, first, progress=news.append)
+    assert recovered.rounds == first.rounds
+    assert {one.message for one in news if one.loss is not None} == {f"recovering with {kind}"}
+    for kept, scores in first.scores.items():
+        assert torch.equal(recovered.scores[kept], scores)
+        shared = recovered.recoveries[kept, kind]
+        assert torch.equal(shared.kept, Change.of_mask(tiny_base.build_model(), top_k_mask(scores, kept)).kept)
+        start = recovered.recovery(kind, shared.kept)
+        assert start is not None
+        assert all(torch.equal(start[name], one) for name, one in shared.tensors.items())
+    assert recovered.digest() == first.digest()
+    assert recovered.digest(kind) != first.digest(kind)
+    again = learn_recovery(tiny_base, tmp_path / "again.safetensors", kind, recovered)
+    assert again.digest(kind) != recovered.digest(kind)
+
+
+def test_an_interrupted_recovery_goes_on_to_the_same_tensors(tiny_base: Base, tmp_path: Path, first: Prior) -> None:
+    whole = learn_recovery(tiny_base, tmp_path / "whole.safetensors", "lora", first)
+    steps: list[int] = []
+    with pytest.raises(SculptCancelled):
+        learn_recovery(
+            tiny_base,
+            tmp_path / "halved.safetensors",
+            "lora",
+            first,
+            progress=lambda at: steps.append(at.completed) if at.loss is not None else None,
+            cancelled=lambda: len(steps) >= 13 + 10,
+        )
+    halved = learn_recovery(tiny_base, tmp_path / "halved.safetensors", "lora", first)
+    assert halved.digest("lora") == whole.digest("lora")
+
+
+def learn_recovery(base: Base, out: Path, kind: Recovery, start: Prior, **keywords: Any) -> Prior:
+    settings = replace(SMALL, recovery=kind, validate_every=1)
+    given = {"instructions": INSTRUCTIONS, "references": REFERENCES, "start": start}
+    return learn_prior(base, out.with_suffix(".work"), out, settings, **given, **keywords)  # type: ignore[arg-type]
+
+
+def test_a_recovery_needs_a_prior_and_is_no_personas_own_weights(tiny_base: Base, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="learn the prior first"):
+        learn_prior(tiny_base, tmp_path, tmp_path / "prior.safetensors", replace(SMALL, recovery="lora"))
+    with pytest.raises(SettingError, match="'full' is not one of none, vectors, lora"):
+        replace(SMALL, recovery="full")
+
+
+def test_of_another_kind_there_is_no_recovery(first: Prior) -> None:
+    assert first.recovery("lora", torch.zeros(3, 64, dtype=torch.long)) is None

@@ -18,6 +18,7 @@ from masquerade_pruner.changes import Change
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.mask_learning import top_k_mask
+from masquerade_pruner.prior import Prior, SharedRecovery
 from masquerade_pruner.recovery import (
     Recovered,
     Recoverer,
@@ -110,6 +111,35 @@ def test_what_is_measured_is_what_is_stored(
     assert recovered.num_bytes == 2 * 3 * (64 + 32) + low_rank
     figures = dict(map(tuple, recovered.history["validation"]))
     assert divergence(recovered.change.forward) == figures[recovered.history["best_step"]]
+
+
+@pytest.mark.parametrize("kind", ["vectors", "lora"])
+def test_it_starts_from_the_prior_where_that_is_better_and_fits(
+    tiny_model: torch.nn.Module,
+    make_examples: MakeExamples,
+    mask: torch.Tensor,
+    divergence: Callable[[Forward], float],
+    kind: Recovery,
+) -> None:
+    examples = make_examples(12, seed=5)
+    settings = replace(SETTINGS, steps=30)
+    first = recover(tiny_model, mask, kind, examples, divergence, settings)
+    known = SharedRecovery(first.change.kept, first.change.tensors)
+    scores = {64: torch.zeros(mask.shape)}
+    prior = Prior(scores, recoveries={(64, kind): known})
+    still = replace(SETTINGS, steps=1, vectors_learning_rate=1e-9, lora_learning_rate=1e-9)
+    second = recover(tiny_model, mask, kind, examples, divergence, still, prior=prior)
+    assert second.history["start"] == "prior"
+    assert divergence(second.change.forward) == pytest.approx(divergence(first.change.forward), rel=1e-6)
+    for name, one in first.change.tensors.items():
+        assert torch.equal(second.change.tensors[name], one), name
+
+    other_rank = replace(still, lora_rank=3, biases=kind == "lora")
+    apart = recover(tiny_model, mask, kind, examples, divergence, other_rank, prior=prior)
+    assert apart.history["start"] != "prior"
+    wild = {name: 50 * one for name, one in first.change.tensors.items()}
+    worse = Prior(scores, recoveries={(64, kind): SharedRecovery(first.change.kept, wild)})
+    assert recover(tiny_model, mask, kind, examples, divergence, still, prior=worse).history["start"] != "prior"
 
 
 def test_own_weights_are_stored_in_the_bases_type(tiny_base: Base, mask: torch.Tensor) -> None:

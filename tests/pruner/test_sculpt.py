@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from masquerade_engine.base import Base, load_base
 from masquerade_engine.device_memory import DeviceMemory
@@ -32,7 +31,7 @@ from masquerade_pruner import (
 from masquerade_pruner.estimate import estimate
 from masquerade_pruner.examples import read_examples
 from masquerade_pruner.mask_learning import top_k_mask
-from masquerade_pruner.prior import prior_path
+from masquerade_pruner.prior import Prior, SharedRecovery, prior_path, write_prior
 from masquerade_pruner.recovery import Recovery
 
 TEXT = "You are a tester of bridges who speaks in short, heavy sentences and distrusts rope."
@@ -247,13 +246,30 @@ def test_learning_starts_from_the_prior(
     run_sculpt: Callable[..., SculptResult], finished: SculptResult, tiny_base: Base, tmp_path: Path
 ) -> None:
     shape, kept = tiny_base.shape, finished.subnetwork.mask.kept
-    scores = torch.rand(shape.num_layers, shape.intermediate_size, generator=torch.Generator().manual_seed(1))
-    path = prior_path(tiny_base, tmp_path)
-    path.parent.mkdir()
-    save_file({str(kept): scores}, path, {"format": "masquerade.prior/1", "base": tiny_base.fingerprint})
     still = replace(PRESETS["smoke"], learning_rate=1e-9)
-    learned = run_sculpt(tmp_path / "work", cache_dir=tmp_path, numbers=still).subnetwork.mask
-    assert np.array_equal(learned.to_dense(), top_k_mask(scores, kept).numpy().astype(bool))
+    for seed in (1, 2):  # another prior in the same directory is another start
+        scores = torch.rand(shape.num_layers, shape.intermediate_size, generator=torch.Generator().manual_seed(seed))
+        write_prior(prior_path(tiny_base, tmp_path), tiny_base, Prior({kept: scores}), "")
+        learned = run_sculpt(tmp_path / "work", cache_dir=tmp_path, numbers=still).subnetwork.mask
+        assert np.array_equal(learned.to_dense(), top_k_mask(scores, kept).numpy().astype(bool))
+
+
+def test_recovery_starts_from_the_priors(
+    recover_finished: Callable[..., SculptResult], finished: SculptResult, tiny_base: Base, tmp_path: Path
+) -> None:
+    """What one sculpt recovered is a good start for the same sculpt again."""
+    first = recover_finished(tmp_path / "first", "vectors")
+    kept = torch.from_numpy(first.subnetwork.mask.kept_indices().astype(np.int64))
+    assert first.subnetwork.gain is not None
+    assert first.subnetwork.bias is not None
+    vectors = {"gain": torch.tensor(first.subnetwork.gain), "bias": torch.tensor(first.subnetwork.bias)}
+    scores = {kept.shape[1]: torch.from_numpy(finished.subnetwork.mask.to_dense()).float()}
+    prior = Prior(scores, recoveries={(kept.shape[1], "vectors"): SharedRecovery(kept, vectors)})
+    write_prior(prior_path(tiny_base, tmp_path), tiny_base, prior, "")
+    still = replace(PRESETS["smoke"], learning_rate=1e-9)
+    second = recover_finished(tmp_path / "second", "vectors", cache_dir=tmp_path, numbers=still)
+    assert first.report["recovery"]["start"] != "prior"
+    assert second.report["recovery"]["start"] == "prior"
 
 
 def _jaccard(one: Mask, other: Mask) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,9 @@ Sparsities = Annotated[
 ]
 Steps = Annotated[int, typer.Option(help="Learning steps for each sparsity, of 16 answers each.", min=1)]
 Instructions = Annotated[Path | None, typer.Option(help="Questions of your own, in Alpaca format (.json or .jsonl).")]
+Recovery = Annotated[
+    str, typer.Option(help="vectors or lora: not scores, but what such recoveries start from, on top of their masks.")
+]
 FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Start from importances, not the prior there is.")]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write the prior here, not where sculpts look for it.")
@@ -28,6 +30,7 @@ Output = Annotated[
 def prior(
     sparsity: Sparsities = [0.25, 0.5],  # noqa: B006  (typer reads it)
     steps: Steps = 240,
+    recovery: Recovery = "none",
     from_scratch: FromScratch = False,
     instructions: Instructions = None,
     output: Output = None,
@@ -37,11 +40,12 @@ def prior(
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
-    """Learn a base's prior: scores that every sculpt on it starts from.
+    """Learn a base's prior: what every sculpt on it starts from.
 
     \b
     masquerade prior --model ./Llama-3.2-1B-Instruct       once, before its first sculpt
     masquerade prior --sparsity 0.35 --steps 400
+    masquerade prior --recovery lora                       then, for sculpts with --recovery lora
 
     Twelve reference personas answer the instruction set, and one mask is learned for all of them. Sculpts then need
     fewer steps, and their masks overlap. The bundled model's prior ships. Where the base has one, that is learned
@@ -49,10 +53,11 @@ def prior(
     """
     settings = options.settings_of(config, cache_dir=cache_dir, model=model, dtype=dtype, device=device)
     from masquerade_pruner.instructions import load_instructions  # noqa: PLC0415
-    from masquerade_pruner.prior import PriorSettings, learn_prior, prior_of, prior_path  # noqa: PLC0415  (torch)
+    from masquerade_pruner.prior import prior_of, prior_path  # noqa: PLC0415  (torch)
+    from masquerade_pruner.prior_learning import PriorSettings, learn_prior  # noqa: PLC0415
 
     asked = load_instructions(instructions)
-    wanted = replace(PriorSettings(), sparsities=tuple(sparsity), steps=steps)
+    wanted = PriorSettings(tuple(sparsity), steps, recovery=recovery)  # type: ignore[arg-type]
     import torch  # noqa: PLC0415
 
     from masquerade_engine.base import load_base  # noqa: PLC0415
