@@ -74,4 +74,4 @@ class Reporter:
             self._first_share = share
         elapsed, gained = time.monotonic() - self._started, share - self._first_share
         # Less than the first stage's share says little: a model is being loaded, files are being mapped.
-        return round(elapsed * (1 - share) / gained, 1) if gained > 0.03 else None
+        return round(elapsed * max(0.0, 1 - share) / gained, 1) if gained > 0.03 else None
