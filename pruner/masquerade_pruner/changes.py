@@ -116,6 +116,12 @@ def _spread(compact: torch.Tensor, kept: torch.Tensor, intermediate_size: int, *
     return compact.new_zeros(shape).index_copy_(axis, kept, compact)
 
 
+def counted(name: str, tensor: torch.Tensor) -> int | None:
+    """How many kept neurons a change's tensor of this name is of; None where it has no axis for them."""
+    axis = _NEURON_AXES.get(name)
+    return None if axis is None else tensor.shape[axis]
+
+
 def moved(
     tensors: Mapping[str, torch.Tensor], before: torch.Tensor, after: torch.Tensor, num_neurons: int
 ) -> dict[str, torch.Tensor]:

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from masquerade_engine.base import Base
-from masquerade_masks import MaskFormatError
-from masquerade_pruner.changes import moved
+from masquerade_masks import FFNShape, MaskFormatError
+from masquerade_pruner.changes import counted, moved
 
 FORMAT = "masquerade.prior/1"
 _KEPT = "kept"
@@ -111,7 +111,29 @@ def read_prior(path: Path, base: Base) -> Prior:
     scores = {int(name): one.float() for name, one in tensors.items() if "/" not in name}
     if not scores or any(one.shape != expected or not one.isfinite().all() for one in scores.values()):
         raise MaskFormatError(f"{path.name} does not hold finite scores of shape {list(expected)}")
-    return Prior(scores, int(metadata.get("rounds", 1)), _recoveries(tensors))
+    recoveries = _recoveries(tensors)
+    for (number, kind), shared in recoveries.items():
+        if not _usable(shared, number, base.shape):
+            raise MaskFormatError(f"{path.name} holds a {kind} recovery that is not of {number} neurons of each layer")
+    return Prior(scores, int(metadata.get("rounds", 1)), recoveries)
+
+
+def _usable(shared: SharedRecovery, number: int, shape: FFNShape) -> bool:
+    """Whether the kept neurons are such, and the tensors finite and of as many."""
+    kept, layers = shared.kept, shape.num_layers
+    sorted_and_known = (
+        kept.shape == (layers, number)
+        and bool((kept.diff(dim=1) > 0).all())
+        and bool((kept >= 0).all())
+        and bool((kept < shape.intermediate_size).all())
+    )
+    return sorted_and_known and all(
+        one.ndim == (2 if name in ("gain", "bias") else 3)
+        and len(one) == layers
+        and bool(one.isfinite().all())
+        and counted(name, one) in (None, number)
+        for name, one in shared.tensors.items()
+    )
 
 
 def _recoveries(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[int, str], SharedRecovery]:
@@ -121,4 +143,5 @@ def _recoveries(tensors: Mapping[str, torch.Tensor]) -> dict[tuple[int, str], Sh
         kind, _, name = rest.partition("/")
         if name:
             found.setdefault((int(kept), kind), {})[name] = tensor
-    return {key: SharedRecovery(named.pop(_KEPT).long(), named) for key, named in found.items()}
+    nothing = torch.empty(0, 0)
+    return {key: SharedRecovery(named.pop(_KEPT, nothing).long(), named) for key, named in found.items()}

@@ -91,7 +91,7 @@ def learn_prior(
     were. Raises `SettingError` for a recovery without `start`, and `SculptCancelled`.
     """
     if start is None and settings.recovery != "none":
-        raise SettingError("recovery", "is learned on top of a prior's masks: learn the prior first, without it")
+        raise SettingError("recovery", "is learned on top of the masks of a prior that there is: learn that first")
     numbers = [round_kept(base.shape.intermediate_size, sparsity) for sparsity in settings.sparsities]
     shares = {"answer": 0.15} | {_stage(kept): 0.85 / len(numbers) for kept in numbers}
     reporter = Reporter(progress, cancelled, lambda stage, seconds: None, shares)
@@ -226,7 +226,9 @@ class _PriorLearning:
         pools = [examples[reference.id] for reference in self._references]
         turns = _Turns(pools, settings.branches_per_step)
         numbers = RecoverySettings(
-            steps=settings.steps, branches_per_step=settings.branches_per_step, validate_every=settings.validate_every
+            steps=settings.steps,
+            validate_every=settings.validate_every,
+            num_means=settings.num_importance * len(pools),
         )
         identity = self._learning.read_json("spec") | {"prior": start.digest(settings.recovery)}
         with self._reporter.stage(_stage(kept)):
@@ -236,7 +238,7 @@ class _PriorLearning:
                 settings.recovery,
                 [one for pool in pools for one in pool[: settings.num_importance]],
                 self._divergence(model, examples),
-                replace(numbers, num_means=settings.num_importance * len(pools)),
+                numbers,
                 prior=start,
                 order=turns,
                 workdir=Workdir(self._learning.path / f"{settings.recovery}-{kept}", identity),

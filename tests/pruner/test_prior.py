@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -127,6 +128,35 @@ def test_an_unusable_prior_is_refused(
         prior_of(tiny_base, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("kept", torch.arange(64).flip(0).repeat(3, 1)),
+        ("kept", torch.arange(64).repeat(2, 1)),
+        ("kept", torch.arange(60, 124).repeat(3, 1)),
+        ("kept", None),
+        ("gain", torch.ones(3, 63)),
+        ("gain", torch.tensor(1.0)),
+        ("down_proj.lora_A", torch.ones(3, 64)),
+        ("gain", torch.full((3, 64), float("nan"))),
+    ],
+)
+def test_an_unusable_recovery_is_refused(
+    tiny_base: Base, tmp_path: Path, name: str, wrong: torch.Tensor | None
+) -> None:
+    path = prior_path(tiny_base, tmp_path)
+    path.parent.mkdir()
+    recovery = {"kept": torch.arange(64).repeat(3, 1), "gain": torch.ones(3, 64), "bias": torch.zeros(3, 32)}
+    metadata = {"format": "masquerade.prior/1", "base": tiny_base.fingerprint}
+    for tensors, reason in ((recovery, None), (recovery | {name: wrong}, "a vectors recovery that is not of 64")):
+        named = {f"64/vectors/{key}": one for key, one in tensors.items() if one is not None}
+        save_file({"64": torch.zeros(3, 96), **named}, path, metadata)
+        with nullcontext() if reason is None else pytest.raises(MaskFormatError, match=reason):
+            found = prior_of(tiny_base, tmp_path)
+            assert found is not None
+            assert found.recovery("vectors", torch.arange(64).repeat(3, 1)) is not None
+
+
 @pytest.mark.parametrize("sparsities", [(), (0.0,), (0.5, 1.0), (float("nan"),)])
 def test_sparsities_out_of_range_are_refused(sparsities: tuple[float, ...]) -> None:
     with pytest.raises(SettingError, match="sparsity"):
@@ -183,7 +213,7 @@ def learn_recovery(base: Base, out: Path, kind: Recovery, start: Prior, **keywor
 
 
 def test_a_recovery_needs_a_prior_and_is_no_personas_own_weights(tiny_base: Base, tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="learn the prior first"):
+    with pytest.raises(SettingError, match="a prior that there is"):
         learn_prior(tiny_base, tmp_path, tmp_path / "prior.safetensors", replace(SMALL, recovery="lora"))
     with pytest.raises(SettingError, match="'full' is not one of none, vectors, lora"):
         replace(SMALL, recovery="full")
