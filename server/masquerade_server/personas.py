@@ -6,6 +6,7 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
 from masquerade_masks import (
     JobConflict,
+    JobNotFound,
     Mask,
     MaskError,
     MaskFormatError,
     NoMaskYet,
     PersonaExists,
+    PersonaNotFound,
     SettingError,
     VersionNotFound,
     attached_file,
@@ -173,13 +176,28 @@ class PersonaDesk:
 
     def facts(self, persona_id: str, *, with_report: bool = False) -> PersonaFacts:
         """Everything about one persona. Raises `PersonaNotFound`."""
-        return self._facts(self._registry.get_persona(persona_id), with_report=with_report)
+        # The job first: one that has succeeded has published, so nobody sees it without its version.
+        job = self._registry.latest_job(persona_id)
+        persona = self._registry.get_persona(persona_id)
+        serving = self._catalogue.serving(persona)
+        return PersonaFacts(
+            persona=persona,
+            serving=serving,
+            versions=self._registry.list_versions(persona_id),
+            job=job,
+            queue_position=0 if job is None else self._registry.queue_position(job.id),
+            residency=self._residency(serving),
+            report=self.report(serving.version) if with_report and serving.version is not None else None,
+        )
 
     def page(self, limit: int, after: str | None, cast: str | None) -> tuple[list[PersonaFacts], str | None]:
         """Up to `limit` personas by id, and the cursor of the next page where there is one."""
-        found = self._registry.list_personas(limit + 1, after, cast)
-        cursor = found[limit - 1].id if len(found) > limit else None
-        return [self._facts(persona) for persona in found[:limit]], cursor
+        found = [persona.id for persona in self._registry.list_personas(limit + 1, after, cast)]
+        described = []
+        for persona_id in found[:limit]:
+            with suppress(PersonaNotFound, JobNotFound):  # deleted meanwhile
+                described.append(self.facts(persona_id))
+        return described, found[limit - 1] if len(found) > limit else None
 
     def every(self, cast: str | None = None) -> Iterator[Persona]:
         """All personas, by id."""
@@ -254,19 +272,6 @@ class PersonaDesk:
         return overlap_json(cast, masks)
 
     # --- pieces
-
-    def _facts(self, persona: Persona, *, with_report: bool = False) -> PersonaFacts:
-        serving = self._catalogue.serving(persona)
-        job = self._registry.latest_job(persona.id)
-        return PersonaFacts(
-            persona=persona,
-            serving=serving,
-            versions=self._registry.list_versions(persona.id),
-            job=job,
-            queue_position=0 if job is None else self._registry.queue_position(job.id),
-            residency=self._residency(serving),
-            report=self.report(serving.version) if with_report and serving.version is not None else None,
-        )
 
     def _with_weights(self, uploaded: MaskFile) -> MaskFile:
         """The mask with the attached weights that it names. Raises `MaskError`."""

@@ -73,6 +73,22 @@ def get(village: RunningServer, persona_id: str) -> dict[str, Any]:
 # --- create
 
 
+def test_a_job_never_looks_done_without_its_version(village: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    create(village)
+    running = claim(village)
+    registry = village.state.registry
+    latest_job = registry.latest_job
+
+    def ends_meanwhile(persona_id: str) -> Any:
+        if not registry.get_job(running.id).is_final:
+            finish(village, running)
+        return latest_job(persona_id)
+
+    monkeypatch.setattr(registry, "latest_job", ends_meanwhile)
+    seen = village.client.get("/personas/mira").json()
+    assert (seen["job"]["status"], seen["version"], len(seen["versions"])) == ("succeeded", 1, 1)
+
+
 def test_creating_answers_with_persona_job_and_urls(village: RunningServer) -> None:
     response = village.client.post("/personas", json=MIRA | {"preset": "smoke", "seed": 3})
     assert response.status_code == 202
