@@ -56,10 +56,12 @@ class Change:
 
     def forward(self, tree: Tree, *, checkpointing: bool = False) -> torch.Tensor:
         """The final normed hidden states of every token, `[num_tokens, hidden]`; `checkpointing` as in `run_tree`."""
-        return run_tree(self.model, tree, _ChangedContext(tree, self), checkpointing=checkpointing)
+        return run_tree(self.model, tree, ChangedContext(tree, self), checkpointing=checkpointing)
 
 
-class _ChangedContext(TreeContext):
+class ChangedContext(TreeContext):
+    """The forward context of a pass through a change; what is written into its tensors later is seen."""
+
     def __init__(self, tree: Tree, change: Change) -> None:
         super().__init__(tree)
         self._kept = change.kept
@@ -68,10 +70,18 @@ class _ChangedContext(TreeContext):
         self._layers = {name: tensor.unbind(0) for name, tensor in change.tensors.items()}
 
     def ffn(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
+        return self.project_down(module, self.activate(module, hidden))
+
+    def activate(self, module: PersonaFFN, hidden: torch.Tensor) -> torch.Tensor:
+        """What the kept neurons say with their gains, `[1, tokens, kept]`."""
         gate, up = (self._project(module, name, hidden) for name in ("gate_proj", "up_proj"))
-        gain, bias = (self._of(module, name) for name in ("gain", "bias"))
-        output = self._project(module, "down_proj", gated(gate, up, gain))
-        return output if bias is None else (output.to(_at_least_fp32(bias)) + bias).to(hidden.dtype)
+        return gated(gate, up, self._of(module, "gain"))
+
+    def project_down(self, module: PersonaFFN, activations: torch.Tensor) -> torch.Tensor:
+        """The FFN's output from `activate`'s, `[1, tokens, hidden]`."""
+        output = self._project(module, "down_proj", activations)
+        bias = self._of(module, "bias")
+        return output if bias is None else (output.to(_at_least_fp32(bias)) + bias).to(activations.dtype)
 
     def _of(self, module: PersonaFFN, name: str) -> torch.Tensor | None:
         return self._layers[name][module.layer] if name in self._layers else None

@@ -146,6 +146,8 @@ def stage_seconds(job: Job, settings: SculptSettings, plan: Plan, speed: Speed) 
     held_out = branch + work.prompt / 16
     recovery = settings.recovery
     looked_at = recovery.num_means + settings.num_validation * (3 + recovery.steps // recovery.validate_every)
+    if job.recovery == "full":  # dense and changed, and the moments between neurons
+        looked_at += 2 * min(recovery.num_reconstructed, work.num_answers - work.num_held_out)
     recovering = 0.0 if job.recovery == "none" else recovery.steps * step * passes + looked_at * held_out
     compared = 4 * work.num_held_out + settings.num_validation * (settings.steps // settings.validate_every + 3)
     answers = (work.num_answers + settings.num_free_running) * work.answer * 0.9

@@ -66,7 +66,7 @@ PRESETS: dict[str, SculptSettings] = {
         num_test_scenes=4,
         num_free_running=4,
         validate_every=3,
-        recovery=RecoverySettings(steps=4, validate_every=2, num_means=16),
+        recovery=RecoverySettings(steps=4, validate_every=2, num_means=16, num_reconstructed=32),
     ),
     "default": SculptSettings(),
     "thorough": SculptSettings(
@@ -74,7 +74,7 @@ PRESETS: dict[str, SculptSettings] = {
         steps=240,
         num_importance=128,
         validate_every=24,
-        recovery=RecoverySettings(steps=120, validate_every=24, num_means=128),
+        recovery=RecoverySettings(steps=120, validate_every=24, num_means=128, num_reconstructed=2048),
     ),
 }
 

@@ -22,11 +22,12 @@ from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.examples import Example
 from masquerade_pruner.mask_learning import Loss, answer_loss, plant_examples, plant_micro_batches, warm_cosine
 from masquerade_pruner.prior import Prior
+from masquerade_pruner.reconstruction import reconstructed
 from masquerade_pruner.tree import ActivationWatch, Forward, TreeContext, head_weight, run_tree
 from masquerade_pruner.workdir import Workdir
 
 Recovery = Literal["none", "vectors", "lora", "full"]
-Start = Literal["mask", "means", "prior"]
+Start = Literal["mask", "means", "prior", "reconstruction"]
 
 SAVE_EVERY = 8  # steps between two checkpoints
 _CHECKPOINT = "recovery"
@@ -43,9 +44,12 @@ class RecoverySettings:
     validate_every: int = 8
     vectors_learning_rate: float = 0.01  # gains start at 1
     lora_learning_rate: float = 6e-3
-    full_learning_rate: float = 3e-4
+    full_learning_rate: float = 1e-4
     biases: bool = True  # with the gains; a stock checkpoint of the family cannot hold them
     num_means: int = 64  # examples that the dropped neurons' mean activations are taken from
+    num_reconstructed: int = 512  # examples that own weights are solved for over, to start from
+    ridge: float = 0.3  # of that, in units of a mean squared activation
+    solved_share: float = 0.85  # of the way from the base's weights to those
     lora_rank: int = 16
     lora_alpha: float = 16.0  # updates are scaled by alpha / rank
 
@@ -109,17 +113,18 @@ def recover(
     micro_batch: int | None = None,
     checkpointing: bool = False,
     workdir: Workdir | None = None,
+    on_layer: Callable[[int], None] = lambda done: None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Recovered:
     """Train on top of a mask; the best on validation comes back, the bare mask among the candidates.
 
     It starts at what is best on validation by itself (the history's `start`): `mask`, nothing added; `means`, biases of
     the dropped neurons' mean contribution, with which a mask that was learned without them can be worse; `prior`, the
-    prior's recovery of this kind.
+    prior's recovery of this kind; `reconstruction`, own weights in closed form.
 
     With a `workdir` it goes on from the last checkpoint there and ends the same, bit for bit; `on_step` gets the steps
-    done and the last one's loss, and may raise to stop. `question_share`, `micro_batch` and `checkpointing` are
-    `MaskLearner`'s.
+    done and the last one's loss, `on_layer` the layers reconstructed before the first step, and both may raise to stop.
+    `question_share`, `micro_batch` and `checkpointing` are `MaskLearner`'s.
     """
     bare = replace(Change.of_mask(model, mask), lora_scale=settings.lora_alpha / settings.lora_rank)
     if kind == "none":
@@ -136,10 +141,12 @@ def recover(
     if saved is None:
         search = _Search(bare, validation(bare.forward))
         start = _start(kind, bare, settings, seed)
-        for name, candidate in _other_starts(kind, start, train[: settings.num_means], prior):
+        for name, candidate in _other_starts(kind, start, train, settings, prior, on_layer):
             if search.consider(0, run(candidate).change(), validation):
                 start, search.start = candidate, name
         learner = run(start)
+        if workdir is not None:
+            workdir.write_tensors(_CHECKPOINT, learner.state() | search.state())
     else:
         learner = run(replace(bare, tensors=_section(saved, "parameter", bare.kept.device)))
         learner.restore(saved)
@@ -309,15 +316,33 @@ def _start(kind: Recovery, bare: Change, settings: RecoverySettings, seed: int) 
 
 
 def _other_starts(
-    kind: Recovery, plain: Change, few: Sequence[Example], prior: Prior | None
+    kind: Recovery,
+    plain: Change,
+    train: Sequence[Example],
+    settings: RecoverySettings,
+    prior: Prior | None,
+    on_layer: Callable[[int], None],
 ) -> Iterator[tuple[Start, Change]]:
     if "bias" in plain.tensors:
-        yield "means", replace(plain, tensors={**plain.tensors, "bias": dropped_means(plain, few)})
+        means = dropped_means(plain, train[: settings.num_means])
+        yield "means", replace(plain, tensors={**plain.tensors, "bias": means})
+    if kind == "full":
+        few = _spread(train, settings.num_reconstructed)
+        down = reconstructed(replace(plain, tensors={}), few, ridge=settings.ridge, on_layer=on_layer)
+        # All the way there follows the examples too closely.
+        down = torch.lerp(plain.tensors["down_proj.weight"].float(), down, settings.solved_share)
+        yield "reconstruction", replace(plain, tensors={**plain.tensors, "down_proj.weight": down})
     shared = None if prior is None else prior.recovery(kind, plain.kept)
     # Of another rank, or without the biases that are wanted, it is no start of this recovery.
     if shared and {name: one.shape for name, one in shared.items()} == _shapes(plain):
         device = plain.kept.device
         yield "prior", replace(plain, tensors={name: one.to(device).float() for name, one in shared.items()})
+
+
+def _spread(examples: Sequence[Example], most: int) -> list[Example]:
+    """All, or so many at even distances: examples with earlier turns stand together."""
+    count = min(most, len(examples))
+    return [examples[number * len(examples) // count] for number in range(count)]
 
 
 def _shapes(change: Change) -> dict[str, torch.Size]:

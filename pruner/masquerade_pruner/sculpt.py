@@ -503,6 +503,9 @@ class _Sculptor:
         if self.spec.recovery == "none":
             return Recovered("none", Change.of_mask(self.model, learned.mask), {})
         settings = self.settings.recovery
+        # Own weights are reconstructed before the first step.
+        layers = self.base.shape.num_layers if self.spec.recovery == "full" else 0
+        total = layers + settings.steps
         self.release_engine()
         with self.reporter.stage("recover"):
             held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
@@ -521,8 +524,9 @@ class _Sculptor:
                 micro_batch=self.plan.micro_batch,
                 checkpointing=self.plan.checkpointing,
                 workdir=self.recovering,
+                on_layer=lambda done: self.reporter.at(done, total, message="reconstructing layer by layer"),
                 on_step=lambda step, loss: self.reporter.at(
-                    step, settings.steps, loss=loss, message=f"recovering with {self.spec.recovery}"
+                    layers + step, total, loss=loss, message=f"recovering with {self.spec.recovery}"
                 ),
             )
 

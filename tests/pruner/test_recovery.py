@@ -14,11 +14,12 @@ import torch
 
 from masquerade_engine.base import Base
 from masquerade_engine.reference import reference_logits
-from masquerade_pruner.changes import Change
+from masquerade_pruner.changes import Change, kept_weights
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.mask_learning import top_k_mask
 from masquerade_pruner.prior import Prior, SharedRecovery
+from masquerade_pruner.reconstruction import reconstructed
 from masquerade_pruner.recovery import (
     Recovered,
     Recoverer,
@@ -299,6 +300,24 @@ def test_biases_start_at_zero_where_the_means_do_not_help(
     means = dropped_means(Change.of_mask(tiny_model, mask), examples)
     assert recovered.bias is not None
     torch.testing.assert_close(recovered.bias.float(), means if helps else torch.zeros_like(means), atol=1e-3, rtol=0)
+
+
+def test_own_weights_start_where_least_squares_say(
+    tiny_model: torch.nn.Module, make_examples: MakeExamples, mask: torch.Tensor, divergence: Callable[[Forward], float]
+) -> None:
+    examples = make_examples(24, seed=5)
+    still = replace(SETTINGS, steps=1, full_learning_rate=1e-9, num_reconstructed=8, solved_share=0.5)
+    layers: list[int] = []
+    found = recover(tiny_model, mask, "full", examples, divergence, still, on_layer=layers.append)
+    assert found.history["start"] == "reconstruction"
+    assert layers == [1, 2, 3]
+    bare = Change.of_mask(tiny_model, mask)
+    base = kept_weights(bare)
+    solved = reconstructed(bare, examples[::3], ridge=still.ridge)  # at even distances
+    for name in ("gate_proj.weight", "up_proj.weight"):
+        torch.testing.assert_close(found.change.tensors[name], base[name])
+    wanted = (base["down_proj.weight"] + solved) / 2
+    torch.testing.assert_close(found.change.tensors["down_proj.weight"], wanted)
 
 
 def test_low_rank_updates_start_at_nothing(
