@@ -78,6 +78,7 @@ class Comparison:
         identity: dict[str, Any],  # what the figures depend on: other figures in the folder are thrown away
         num_calibration: int,  # training examples that the methods see, as many as the sculpt's initial scores
         prior: Prior | None = None,  # where recoveries may start, whichever mask they are of
+        recovery: RecoverySettings = RecoverySettings(),
         num_seeds: int = 5,  # random masks
     ) -> None:
         self._build_model = model
@@ -86,6 +87,7 @@ class Comparison:
         self._identity = identity | {"num_calibration": num_calibration}
         self._num_calibration = num_calibration
         self._prior = prior
+        self._recovery = recovery
         self._num_seeds = num_seeds
         self._directories: dict[str, Workdir] = {}
 
@@ -116,7 +118,8 @@ class Comparison:
 
     def _directory(self, recovery: str) -> Workdir:
         if recovery not in self._directories:
-            self._directories[recovery] = Workdir(self._folder / recovery, self._identity | self._budget(recovery))
+            name = recovery if recovery == "none" else f"{recovery}-{self._recovery.steps}"
+            self._directories[recovery] = Workdir(self._folder / name, self._identity | self._budget(recovery))
         return self._directories[recovery]
 
     def _computed(self, method: str, seed: int, recovery: str, scratch: Path) -> Figures:
@@ -143,7 +146,7 @@ class Comparison:
             recovery,
             self._given.train,
             lambda forward: float(self._validation.divergence(forward).kl.mean()),
-            RecoverySettings(),
+            self._recovery,
             prior=self._prior,
             workdir=Workdir(scratch, self._identity | self._budget(recovery)),
         )
@@ -154,7 +157,7 @@ class Comparison:
         if recovery == "none":
             return {}
         start = None if self._prior is None else self._prior.digest(recovery)
-        return {"recovery": asdict(RecoverySettings()), "prior": start}
+        return {"recovery": asdict(self._recovery), "prior": start}
 
     @cached_property
     def _model(self) -> torch.nn.Module:
@@ -188,6 +191,7 @@ def main() -> None:
                 identity={"digest": result.subnetwork.digest, "settings": result.settings},
                 num_calibration=result.settings["num_importance"],
                 prior=prior,
+                recovery=RecoverySettings(steps=options.recovery_steps),
                 num_seeds=options.random_seeds,
             )
             for recovery in options.recoveries:
@@ -207,6 +211,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.5])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=["none"])
+    steps = RecoverySettings().steps
+    parser.add_argument("--recovery-steps", type=int, default=steps, help=f"of each method's recovery; default {steps}")
     parser.add_argument("--random-seeds", type=int, default=5)
     parser.add_argument("--preset", choices=list(PRESETS), default="default")
     parser.add_argument("--workdir", type=Path, help="default: that of fidelity.py, or one of its own with --quick")
