@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -79,6 +79,7 @@ class Comparison:
         num_calibration: int,  # training examples that the methods see, as many as the sculpt's initial scores
         prior: Prior | None = None,  # where recoveries may start, whichever mask they are of
         recovery: RecoverySettings = RecoverySettings(),
+        recovered: Collection[str] = RECOVERED,  # the methods that are recovered beside the learned mask
         num_seeds: int = 5,  # random masks
     ) -> None:
         self._build_model = model
@@ -88,13 +89,14 @@ class Comparison:
         self._num_calibration = num_calibration
         self._prior = prior
         self._recovery = recovery
+        self._recovered_methods = {OURS, *recovered}
         self._num_seeds = num_seeds
         self._directories: dict[str, Workdir] = {}
 
     def figures(self, method: str, recovery: str) -> Figures | None:
-        """One cell; None where the method has no mask to recover. Random masks are averaged over their seeds."""
+        """One cell; None where the method is not recovered. Random masks are averaged over their seeds."""
         if recovery != "none":
-            return self._cell(method, 0, recovery) if method in RECOVERED else None
+            return self._cell(method, 0, recovery) if method in self._recovered_methods else None
         seeds = range(self._num_seeds if method == "random" else 1)
         cells = [self._cell(method, seed, recovery) for seed in seeds]
         return Figures(
@@ -192,6 +194,7 @@ def main() -> None:
                 num_calibration=result.settings["num_importance"],
                 prior=prior,
                 recovery=RecoverySettings(steps=options.recovery_steps),
+                recovered=options.recovered,
                 num_seeds=options.random_seeds,
             )
             for recovery in options.recoveries:
@@ -211,6 +214,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.5])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--recoveries", nargs="+", choices=RECOVERIES, default=["none"])
+    parser.add_argument(
+        "--recovered",
+        nargs="*",
+        choices=[one for one in METHODS if one in RECOVERED],
+        default=[one for one in METHODS if one in RECOVERED],
+        help="methods that are recovered beside the learned mask; default: all that give a mask",
+    )
     steps = RecoverySettings().steps
     parser.add_argument("--recovery-steps", type=int, default=steps, help=f"of each method's recovery; default {steps}")
     parser.add_argument("--random-seeds", type=int, default=5)
@@ -238,9 +248,9 @@ def _head() -> list[str]:
         "what the learned mask closes of a method's KL, 1 - KL(ours) / KL(method), with its 95 % interval from a",
         "paired bootstrap over questions, nested in personas. Every method saw the same examples and drops as many",
         "parameters, as nearly as whole blocks (depth) and widths (SliceGPT) allow; every mask keeps the same number",
-        "of neurons in every layer, FLAP's and LLM-Pruner's too. Recoveries of a column have one budget and start from",
-        "the mask, or from the base's shared recovery where that is better on validation; random masks are the mean of",
-        "several seeds without recovery, the first seed's with it.",
+        "of neurons in every layer, FLAP's and LLM-Pruner's too. Recoveries of a column have one budget and the same",
+        "starts to choose from on validation; random masks are the mean of several seeds without recovery, the first",
+        "seed's with it. The strongest baseline is one of the methods shown.",
     ]
 
 
@@ -250,21 +260,28 @@ def tables(cases: Sequence[Case], methods: Sequence[str], recoveries: Sequence[s
     sparsities = sorted({case.sparsity for case in cases})
     for sparsity in sparsities:
         lines += ["", *_methods_table([case for case in cases if case.sparsity == sparsity], methods, recoveries)]
-    lines += ["", "Against the strongest baseline of each column, chosen on validation for each persona:", ""]
-    lines += header("sparsity", "recovery", "personas", "KL ours", "KL strongest", "closed")
+    lines += ["", "Against the strongest baseline, chosen on validation for each persona:", ""]
+    lines += header("sparsity", "recovery of ours", "of theirs", "personas", "KL ours", "KL strongest", "closed")
+    pairs = _pairs(cases, methods, recoveries)
     for sparsity in sparsities:
-        for recovery in recoveries:
+        for of_ours, of_theirs in pairs:
             chosen = [case for case in cases if case.sparsity == sparsity]
-            lines.append(_against_strongest(f"{sparsity:.0%}", chosen, methods, recovery))
-    lines += ["", *header("persona", "sparsity", "recovery", "strongest", "KL ours", "KL strongest", "closed")]
+            lines.append(_against_strongest(f"{sparsity:.0%}", chosen, methods, of_ours, of_theirs))
+    lines += ["", *header("persona", "sparsity", "ours", "theirs", "strongest", "KL ours", "KL strongest", "closed")]
     for case in cases:
-        for recovery in recoveries:
-            strongest = _strongest(case, methods, recovery)
-            ours, theirs = _test(case, OURS, recovery), _test(case, strongest, recovery)
+        for of_ours, of_theirs in pairs:
+            strongest = _strongest(case, methods, of_theirs)
+            ours, theirs = _test(case, OURS, of_ours), _test(case, strongest, of_theirs)
             kls = (f"{ours.mean():.3f}", f"{theirs.mean():.3f}")
             closed = _closed([ours], [theirs])
-            lines.append(row(case.persona, f"{case.sparsity:.0%}", recovery, strongest, *kls, closed))
+            lines.append(row(case.persona, f"{case.sparsity:.0%}", of_ours, of_theirs, strongest, *kls, closed))
     return lines
+
+
+def _pairs(cases: Sequence[Case], methods: Sequence[str], recoveries: Sequence[str]) -> list[tuple[str, str]]:
+    """Recoveries of ours and of theirs: the same, where any of theirs is recovered, and none of theirs."""
+    same = [(one, one) for one in recoveries if any(cases[0].comparison.figures(method, one) for method in methods)]
+    return [*same, *((one, "none") for one in recoveries if one != "none")]
 
 
 def _methods_table(cases: Sequence[Case], methods: Sequence[str], recoveries: Sequence[str]) -> list[str]:
@@ -281,18 +298,20 @@ def _methods_table(cases: Sequence[Case], methods: Sequence[str], recoveries: Se
 
 
 def _cells(cases: Sequence[Case], method: str, recovery: str) -> tuple[str, str]:
-    if recovery != "none" and method not in RECOVERED:
+    if cases[0].comparison.figures(method, recovery) is None:
         return "–", "–"
     theirs = [_test(case, method, recovery) for case in cases]
     kl = f"{np.mean([one.mean() for one in theirs]):.3f}"
     return kl, "" if method == OURS else _closed([_test(case, OURS, recovery) for case in cases], theirs)
 
 
-def _against_strongest(sparsity: str, cases: Sequence[Case], methods: Sequence[str], recovery: str) -> str:
-    ours = [_test(case, OURS, recovery) for case in cases]
-    theirs = [_test(case, _strongest(case, methods, recovery), recovery) for case in cases]
+def _against_strongest(
+    sparsity: str, cases: Sequence[Case], methods: Sequence[str], of_ours: str, of_theirs: str
+) -> str:
+    ours = [_test(case, OURS, of_ours) for case in cases]
+    theirs = [_test(case, _strongest(case, methods, of_theirs), of_theirs) for case in cases]
     kls = (f"{np.mean([one.mean() for one in side]):.3f}" for side in (ours, theirs))
-    return row(sparsity, recovery, str(len(cases)), *kls, _closed(ours, theirs))
+    return row(sparsity, of_ours, of_theirs, str(len(cases)), *kls, _closed(ours, theirs))
 
 
 def _strongest(case: Case, methods: Sequence[str], recovery: str) -> str:

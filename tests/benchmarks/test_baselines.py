@@ -94,6 +94,14 @@ def test_the_strongest_is_chosen_on_validation_and_read_on_test() -> None:
     fixed: Any = _Fixed({"wanda": 0.5, "slicegpt": 0.4}, {OURS: 0.3, "wanda": 0.4, "slicegpt": 0.6})
     lines = tables([Case("nettie", 0.25, fixed)], ["wanda", "slicegpt"], ["none", "vectors"])
     assert "| slicegpt | 2.50 | 0.600 | 50.0% (50.0% to 50.0%) | – | – |" in lines
-    assert "| nettie | 25% | none | slicegpt | 0.300 | 0.600 | 50.0% (50.0% to 50.0%) |" in lines
-    assert "| nettie | 25% | vectors | wanda | 0.150 | 0.200 | 25.0% (25.0% to 25.0%) |" in lines
-    assert "| 25% | none | 1 | 0.300 | 0.600 | 50.0% (50.0% to 50.0%) |" in lines
+    assert "| nettie | 25% | none | none | slicegpt | 0.300 | 0.600 | 50.0% (50.0% to 50.0%) |" in lines
+    assert "| nettie | 25% | vectors | vectors | wanda | 0.150 | 0.200 | 25.0% (25.0% to 25.0%) |" in lines
+    assert "| nettie | 25% | vectors | none | slicegpt | 0.150 | 0.600 | 75.0% (75.0% to 75.0%) |" in lines
+    assert "| 25% | none | none | 1 | 0.300 | 0.600 | 50.0% (50.0% to 50.0%) |" in lines
+
+
+def test_ours_alone_may_be_recovered() -> None:
+    fixed: Any = _Fixed({"slicegpt": 0.4}, {OURS: 0.3, "slicegpt": 0.6})
+    lines = tables([Case("nettie", 0.25, fixed)], ["slicegpt"], ["none", "vectors"])
+    assert "| 25% | vectors | none | 1 | 0.150 | 0.600 | 75.0% (75.0% to 75.0%) |" in lines
+    assert not any("| vectors | vectors |" in line for line in lines)
