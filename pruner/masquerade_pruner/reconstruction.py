@@ -66,8 +66,8 @@ class _Pass:
         self._ffns = persona_ffns(change.model)
         self._dense_context = TreeContext(tree)
         self._context = _HaltingContext(tree, change)
-        self._embedded, self._arguments = _block_calls(change.model, tree)
-        self._dense = self._changed = self._embedded
+        embedded, self._arguments = _block_calls(change.model, tree)
+        self._dense = self._changed = embedded
         # The prompt is in every pass, and counts once.
         self._counts = torch.ones(tree.token_ids.shape[1], device=self._dense.device)
         self._counts[: tree.num_prefix] = prompt_share
