@@ -22,7 +22,7 @@ from masquerade_engine.seams import PersonaFFN, decoder_layers, persona_ffns
 from masquerade_pruner.changes import Change, ChangedContext, kept_weights
 from masquerade_pruner.examples import Example
 from masquerade_pruner.mask_learning import plant_examples
-from masquerade_pruner.tree import Tree, TreeContext, run_tree
+from masquerade_pruner.tree import Tree, TreeContext, replaced_blocks, run_tree
 
 BATCH = 16
 _DOWN = "down_proj.weight"
@@ -78,7 +78,7 @@ class _Pass:
         self._changed = self._run(layer, self._changed, self._context)
         dense = self._dense[0].float()
         # Whatever reads the stream norms it first: an error beside a large token is a smaller one.
-        weights = self._counts * dense.square().mean(1).rsqrt()
+        weights = self._counts * dense.square().mean(1).clamp_min(torch.finfo(dense.dtype).tiny).rsqrt()
         return self._context.activations[0], dense - self._changed[0].float(), weights
 
     def leave(self, layer: int) -> None:
@@ -117,14 +117,8 @@ def _block_calls(model: torch.nn.Module, tree: Tree) -> tuple[torch.Tensor, list
         arguments.append(others)
         return hidden
 
-    blocks = decoder_layers(model)
-    for block in blocks:
-        setattr(block, "forward", noted)  # noqa: B010  (an instance attribute over the class's method)
-    try:
+    with replaced_blocks(model, lambda block: noted):
         run_tree(model, tree, TreeContext(tree))
-    finally:
-        for block in blocks:
-            delattr(block, "forward")
     return embedded[0], arguments
 
 

@@ -8,7 +8,7 @@ own view of the branches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -266,23 +266,30 @@ def run_tree(model: torch.nn.Module, tree: Tree, context: TreeContext, *, checkp
     return states[0]
 
 
-@contextmanager
-def _recomputing_blocks(model: torch.nn.Module, context: ForwardContext) -> Iterator[None]:
+def _recomputing_blocks(model: torch.nn.Module, context: ForwardContext) -> AbstractContextManager[None]:
     """Checkpoint every decoder block of the passes inside (torch.utils.checkpoint, arXiv 1604.06174).
 
     The backward pass may run in a thread of autograd's own, where no forward context is set: the recomputation brings
     its own. Nothing here draws random numbers, so no generator's state is kept.
     """
-    blocks = decoder_layers(model)
-    for block in blocks:
-        recomputed = partial(
+    return replaced_blocks(
+        model,
+        lambda block: partial(
             checkpoint,
             block.forward,
             use_reentrant=False,
             preserve_rng_state=False,
             context_fn=lambda: (nullcontext(), forward_context(context)),
-        )
-        setattr(block, "forward", recomputed)  # noqa: B010  (an instance attribute over the class's method)
+        ),
+    )
+
+
+@contextmanager
+def replaced_blocks(model: torch.nn.Module, instead: Callable[[Any], Callable[..., torch.Tensor]]) -> Iterator[None]:
+    """In the passes inside, call `instead(block)` where a decoder block's own forward would be called."""
+    blocks = decoder_layers(model)
+    for block in blocks:
+        setattr(block, "forward", instead(block))  # noqa: B010  (an instance attribute over the class's method)
     try:
         yield
     finally:

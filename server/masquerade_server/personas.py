@@ -175,7 +175,7 @@ class PersonaDesk:
     # --- describe
 
     def facts(self, persona_id: str, *, with_report: bool = False) -> PersonaFacts:
-        """Everything about one persona. Raises `PersonaNotFound`."""
+        """Everything about one persona. Raises `PersonaNotFound`, or `JobNotFound` where it is deleted meanwhile."""
         # The job first: one that has succeeded has published, so nobody sees it without its version.
         job = self._registry.latest_job(persona_id)
         persona = self._registry.get_persona(persona_id)
