@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -98,8 +98,11 @@ class Run:
         self.steps = steps
         self.prior = prior_of(base, cache_dir)
         self.questions = load_instructions()
-        self.identity = {"base": base.fingerprint, "preset": preset, "steps": steps}
-        self.identity["prior"] = None if self.prior is None else self.prior.digest()
+        self._identity = {"base": base.fingerprint, "preset": preset, "steps": steps}
+
+    def identity(self, kept: int) -> dict[str, Any]:
+        """What masks of this many neurons depend on beside their persona."""
+        return self._identity | {"prior": None if self.prior is None else self.prior.digest(kept)}
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -186,7 +189,7 @@ class Persona:
         self.kept = int(self.given.mask[0].sum())
         self._run = run
         self._system_prompt = result.system_prompt
-        self._cells = Workdir(folder, run.identity | {"digest": self.digest})
+        self._cells = Workdir(folder, run.identity(self.kept) | {"digest": self.digest})
 
     def learned(self, variant: Variant) -> dict[str, torch.Tensor]:
         """The variant's `mask` and `scores`, `[layers, intermediate]`, learned now where they were not before."""
@@ -347,7 +350,7 @@ class Study:
     def _pooled(self) -> torch.Tensor:
         """The mask that is learned from all personas in turn: in all as many steps, branches and tokens as one's."""
         people, run = self._people, self._run
-        cells = Workdir(self._folder, run.identity | {"digests": [one.digest for one in people]})
+        cells = Workdir(self._folder, run.identity(people[0].kept) | {"digests": [one.digest for one in people]})
         saved = cells.read_tensors("pooled")
         if saved is None:
             orders = [Epochs(one.examples(REFERENCE), run.settings.branches_per_step, 0) for one in people]

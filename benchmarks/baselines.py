@@ -16,8 +16,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ class Comparison:
         identity: dict[str, Any],  # what the figures depend on: other figures in the folder are thrown away
         num_calibration: int,  # training examples that the methods see, as many as the sculpt's initial scores
         prior: Prior | None = None,  # where recoveries may start, whichever mask they are of
-        recovery: RecoverySettings = RecoverySettings(),
+        recovery_steps: Mapping[str, int] | None = None,  # by kind of recovery; the default's for those not named
         recovered: Collection[str] = RECOVERED,  # the methods that are recovered beside the learned mask
         num_seeds: int = 5,  # random masks
     ) -> None:
@@ -88,7 +88,7 @@ class Comparison:
         self._identity = identity | {"num_calibration": num_calibration}
         self._num_calibration = num_calibration
         self._prior = prior
-        self._recovery = recovery
+        self._recovery_steps = recovery_steps or {}
         self._recovered_methods = {OURS, *recovered}
         self._num_seeds = num_seeds
         self._directories: dict[str, Workdir] = {}
@@ -120,7 +120,7 @@ class Comparison:
 
     def _directory(self, recovery: str) -> Workdir:
         if recovery not in self._directories:
-            name = recovery if recovery == "none" else f"{recovery}-{self._recovery.steps}"
+            name = recovery if recovery == "none" else f"{recovery}-{self._settings(recovery).steps}"
             self._directories[recovery] = Workdir(self._folder / name, self._identity | self._budget(recovery))
         return self._directories[recovery]
 
@@ -133,7 +133,7 @@ class Comparison:
 
     def _built(self, method: str, seed: int) -> Baseline:
         mask = self._given.mask
-        setting = Setting(self._model, self._given.train[: self._num_calibration], int(mask[0].sum()), seed)
+        setting = Setting(self._model, self._given.train[: self._num_calibration], self._kept, seed)
         return (
             Baseline(masked(self._model, mask), setting.num_dropped, mask)
             if method == OURS
@@ -148,7 +148,7 @@ class Comparison:
             recovery,
             self._given.train,
             lambda forward: float(self._validation.divergence(forward).kl.mean()),
-            self._recovery,
+            self._settings(recovery),
             prior=self._prior,
             workdir=Workdir(scratch, self._identity | self._budget(recovery)),
         )
@@ -158,8 +158,16 @@ class Comparison:
     def _budget(self, recovery: str) -> dict[str, Any]:
         if recovery == "none":
             return {}
-        start = None if self._prior is None else self._prior.digest(recovery)
-        return {"recovery": asdict(self._recovery), "prior": start}
+        start = None if self._prior is None else self._prior.digest(self._kept, recovery)
+        return {"recovery": asdict(self._settings(recovery)), "prior": start}
+
+    def _settings(self, recovery: str) -> RecoverySettings:
+        default = RecoverySettings()
+        return replace(default, steps=self._recovery_steps.get(recovery, default.steps))
+
+    @property
+    def _kept(self) -> int:
+        return int(self._given.mask[0].sum())
 
     @cached_property
     def _model(self) -> torch.nn.Module:
@@ -193,7 +201,7 @@ def main() -> None:
                 identity={"digest": result.subnetwork.digest, "settings": result.settings},
                 num_calibration=result.settings["num_importance"],
                 prior=prior,
-                recovery=RecoverySettings(steps=options.recovery_steps),
+                recovery_steps=dict(options.recovery_steps),
                 recovered=options.recovered,
                 num_seeds=options.random_seeds,
             )
@@ -221,8 +229,14 @@ def _options() -> argparse.Namespace:
         default=[one for one in METHODS if one in RECOVERED],
         help="methods that are recovered beside the learned mask; default: all that give a mask",
     )
-    steps = RecoverySettings().steps
-    parser.add_argument("--recovery-steps", type=int, default=steps, help=f"of each method's recovery; default {steps}")
+    parser.add_argument(
+        "--recovery-steps",
+        nargs="+",
+        type=_steps_of_kind,
+        default=[],
+        metavar="KIND=STEPS",
+        help=f"of a kind of recovery, whichever method's, such as vectors=8; default {RecoverySettings().steps}",
+    )
     parser.add_argument("--random-seeds", type=int, default=5)
     parser.add_argument("--preset", choices=list(PRESETS), default="default")
     parser.add_argument("--workdir", type=Path, help="default: that of fidelity.py, or one of its own with --quick")
@@ -236,6 +250,15 @@ def _options() -> argparse.Namespace:
     if options.workdir is None:
         options.workdir = usual_workdir(quick=options.quick)
     return options
+
+
+def _steps_of_kind(text: str) -> tuple[str, int]:
+    kind, _, steps = text.partition("=")
+    if kind not in RECOVERIES[1:] or not steps.isdecimal() or int(steps) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not one of {', '.join(RECOVERIES[1:])}, =, and a number of steps"
+        )
+    return kind, int(steps)
 
 
 def _head() -> list[str]:

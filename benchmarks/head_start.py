@@ -54,7 +54,7 @@ def main() -> None:
             given, kept = material(result), int(result.subnetwork.mask.to_dense()[0].sum())
             cells = Workdir(
                 options.workdir / f"{persona_id}-{sparsity}" / "head-start",
-                {"digest": result.subnetwork.digest, "prior": prior.digest(), "steps": options.steps}
+                {"digest": result.subnetwork.digest, "prior": prior.digest(kept), "steps": options.steps}
                 | {"every": options.every, "settings": result.settings},
             )
             found = cells.read_json("found")

@@ -32,11 +32,11 @@ from tables import header, row
 
 from masquerade_engine.base import BUNDLED, Base, load_base
 from masquerade_engine.threads import available_cores
-from masquerade_masks import Mask, chance_jaccard, union
+from masquerade_masks import Mask, chance_jaccard, round_kept, union
 from masquerade_pruner import PRESETS, SculptSettings, SculptSpec
 from masquerade_pruner.bootstrap import Interval, Values, gap_closed
 from masquerade_pruner.instructions import load_instructions
-from masquerade_pruner.prior import prior_of
+from masquerade_pruner.prior import Prior, prior_of
 from masquerade_pruner.workdir import Workdir
 
 VILLAGE = Path(__file__).parent / "casts" / "village.json"
@@ -72,13 +72,11 @@ class Run:
         self._settings = settings
         self._workdir = workdir
         self._instructions = instructions
-        prior = prior_of(base, workdir / "cache")
-        self.prior = None if prior is None else prior.digest()
+        self.prior = prior_of(base, workdir / "cache")
         self._identity = {
             "base": base.fingerprint,
             "dtype": str(base.dtype),
             "instructions": load_instructions(instructions).digest,
-            "prior": self.prior,
         }
 
     def add(self, persona: tuple[str, str, str], cast: Cast) -> None:
@@ -96,6 +94,7 @@ class Run:
         identity = self._identity | {
             "persona": persona,
             "sparsity": sparsity,
+            "prior": self.prior and self.prior.digest(round_kept(self._base.shape.intermediate_size, sparsity)),
             "settings": asdict(numbers),
             "cast": [hashlib.sha256(one.bits.tobytes()).hexdigest() for one in towards],
         }
@@ -294,7 +293,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _page(casts: Sequence[Cast], people: Personas, settings: SculptSettings, prior: str | None) -> str:
+def _page(casts: Sequence[Cast], people: Personas, settings: SculptSettings, prior: Prior | None) -> str:
     start = "Wanda's and Fisher's averaged ranks: this base has no prior yet" if prior is None else "the base's prior"
     lines = [
         "# What a cast's masks keep between them",

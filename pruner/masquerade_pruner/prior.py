@@ -40,11 +40,17 @@ class Prior:
     rounds: int = 1  # of learning scores, each from the last one's
     recoveries: Mapping[tuple[int, str], SharedRecovery] = field(default_factory=dict)  # by neurons kept, and kind
 
-    def digest(self, kind: str = "none") -> str:
-        """sha256 of the scores and the recoveries of this kind: what starts elsewhere ends elsewhere."""
+    def digest(self, kept: int, kind: str = "none") -> str:
+        """sha256 of what masks of `kept` neurons and recoveries of this kind start from: elsewhere, they end elsewhere.
+
+        Scores of another number of neurons have no part in it.
+        """
+        scores = str(_nearest(self.scores, kept))
+        known = [number for number, of_kind in self.recoveries if of_kind == kind]
+        shared = f"{_nearest(known, kept)}/{kind}/" if known else None
         held = hashlib.sha256()
         for name, one in sorted(self.tensors().items()):
-            if "/" not in name or f"/{kind}/" in name:
+            if name == scores or (shared is not None and name.startswith(shared)):
                 held.update(name.encode() + one.contiguous().numpy().tobytes())
         return held.hexdigest()
 

@@ -62,11 +62,14 @@ class PriorSettings:
     num_validation_personas: int = 4
     validate_every: int = 60
     recovery: Recovery = "none"  # of this kind, on top of the prior's masks; `none` learns scores
+    blend: float = 0.0  # of a further round's start: the share that the next sparser scores have in it
 
     def __post_init__(self) -> None:
         """Raises `SettingError`."""
         if not self.sparsities or not all(0 < one <= MAX_SPARSITY for one in self.sparsities):
             raise SettingError("sparsity", f"must be above 0 and at most {MAX_SPARSITY}")
+        if not 0.0 <= self.blend <= 1.0:
+            raise SettingError("blend", f"must be between 0 and 1, not {self.blend:g}")
         if self.recovery not in SHARED:
             raise SettingError("recovery", f"{self.recovery!r} is not one of {', '.join(SHARED)}")
 
@@ -107,11 +110,22 @@ def learn_prior(
         learned = Prior({}) if start is None else replace(start, rounds=start.rounds + 1)
         before: torch.Tensor | None = None
         for kept in numbers:
-            before = learning.learn(kept, examples, before if start is None else start.at(kept))
+            before = learning.learn(kept, examples, before if start is None else _further(start, kept, settings.blend))
             learned = replace(learned, scores={**learned.scores, kept: before})
     # Now and not after each: an interrupted round must find the same start again.
     write_prior(out, base, learned, json.dumps(asdict(settings)))
     return read_prior(out, base)
+
+
+def _further(start: Prior, kept: int, blend: float) -> torch.Tensor:
+    """Scores that a further round starts from, `[layers, intermediate]`.
+
+    Where a round's steps no longer improve a mask, some way towards the sparser scores is as good a mask that they do.
+    """
+    sparser = [number for number in start.scores if number < kept]
+    if not blend or not sparser:
+        return start.at(kept)
+    return torch.lerp(averaged_ranks(start.at(kept)), averaged_ranks(start.scores[max(sparser)]), blend)
 
 
 class _PriorLearning:
@@ -230,7 +244,7 @@ class _PriorLearning:
             validate_every=settings.validate_every,
             num_means=settings.num_importance * len(pools),
         )
-        identity = self._learning.read_json("spec") | {"prior": start.digest(settings.recovery)}
+        identity = self._learning.read_json("spec") | {"prior": start.digest(kept, settings.recovery)}
         with self._reporter.stage(_stage(kept)):
             recovered = recover(
                 model,

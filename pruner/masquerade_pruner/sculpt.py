@@ -144,7 +144,9 @@ class _Sculptor:
         self.system_prompt = persona_system_prompt(spec.name, spec.text)
         self.metadata = spec.metadata(self.instructions.digest, self.settings)
         self.prior = prior_of(base, cache_dir) if self.settings.start == "prior" else None
-        digests = [None if self.prior is None else self.prior.digest(kind) for kind in ("none", spec.recovery)]
+        digests = [
+            None if self.prior is None else self.prior.digest(self.kept, kind) for kind in ("none", spec.recovery)
+        ]
         identity = {"base": base.fingerprint, "dtype": str(base.dtype), "system_prompt": self.system_prompt}
         if self.remote is not None:
             self.metadata["teacher_model"] = self.remote.name

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from baselines import OURS, Case, Comparison, Figures, tables
+from baselines import OURS, Case, Comparison, Figures, _steps_of_kind, tables
 from sculpts import Material
 
 from masquerade_engine import load_base
 from masquerade_pruner.examples import Example
+from masquerade_pruner.recovery import RecoverySettings
 
 METHODS = ["random", "wanda", "depth-ffns"]
 
@@ -74,6 +76,28 @@ def test_what_is_no_mask_is_not_recovered(model: torch.nn.Module, tmp_path: Path
     comparison = _comparison(model, tmp_path, _given())
     assert comparison.figures("slicegpt", "vectors") is None
     assert comparison.figures("flap-bias", "full") is None
+
+
+def test_each_kind_of_recovery_has_a_budget_of_its_own(model: torch.nn.Module, tmp_path: Path) -> None:
+    for steps in (1, 2):
+        comparison = Comparison(
+            lambda: model,
+            _given(),
+            tmp_path,
+            identity={"digest": "one"},
+            num_calibration=4,
+            recovery_steps={"vectors": steps},
+        )
+        assert comparison.figures("wanda", "vectors") is not None
+    assert {path.parent.name for path in tmp_path.glob("*/wanda-0.json")} == {"vectors-1", "vectors-2"}
+    assert comparison._settings("full").steps == RecoverySettings().steps
+
+
+@pytest.mark.parametrize("text", ["vectors", "none=3", "lora=0", "lora=-1", "full=many", "=4"])
+def test_a_wrong_budget_is_refused_with_a_sentence(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is not one of vectors, lora, full"):
+        _steps_of_kind(text)
+    assert _steps_of_kind("full=12") == ("full", 12)
 
 
 class _Fixed:

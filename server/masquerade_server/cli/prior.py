@@ -21,6 +21,9 @@ Instructions = Annotated[Path | None, typer.Option(help="Questions of your own, 
 Recovery = Annotated[
     str, typer.Option(help="vectors or lora: not scores, but what such recoveries start from, on top of their masks.")
 ]
+Blend = Annotated[
+    float, typer.Option(help="Start this share of the way to the next sparser scores, out of a mask that has settled.")
+]
 FromScratch = Annotated[bool, typer.Option("--from-scratch", help="Start from importances, not the prior there is.")]
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="Write the prior here, not where sculpts look for it.")
@@ -31,6 +34,7 @@ def prior(
     sparsity: Sparsities = [0.25, 0.5],  # noqa: B006  (typer reads it)
     steps: Steps = 240,
     recovery: Recovery = "none",
+    blend: Blend = 0.0,
     from_scratch: FromScratch = False,
     instructions: Instructions = None,
     output: Output = None,
@@ -45,6 +49,7 @@ def prior(
     \b
     masquerade prior --model ./Llama-3.2-1B-Instruct       once, before its first sculpt
     masquerade prior --sparsity 0.35 --steps 400
+    masquerade prior --sparsity 0.25 --blend 0.4           one more round, from elsewhere
     masquerade prior --recovery lora                       then, for sculpts with --recovery lora
 
     Twelve reference personas answer the instruction set, and one mask is learned for all of them. Sculpts then need
@@ -57,7 +62,7 @@ def prior(
     from masquerade_pruner.prior_learning import PriorSettings, learn_prior  # noqa: PLC0415
 
     asked = load_instructions(instructions)
-    wanted = PriorSettings(tuple(sparsity), steps, recovery=recovery)  # type: ignore[arg-type]
+    wanted = PriorSettings(tuple(sparsity), steps, recovery=recovery, blend=blend)  # type: ignore[arg-type]
     import torch  # noqa: PLC0415
 
     from masquerade_engine.base import load_base  # noqa: PLC0415
