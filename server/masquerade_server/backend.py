@@ -40,6 +40,7 @@ async def open_engine(base: Base, settings: Settings) -> AsyncIterator[ChatEngin
         kv_cache_bytes=settings.kv_cache_mb * MIB,
         prefix_cache_bytes=settings.prefix_cache_mb * MIB,
         pack_cache_bytes=settings.pack_cache_mb * MIB,
+        load_timeout_s=settings.load_timeout_s,
         quantization=cast(Quantization, settings.quantization),
         enforce_eager=settings.enforce_eager,
     )

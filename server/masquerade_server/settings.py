@@ -74,6 +74,7 @@ class Settings:
     kv_cache_mb: int = 8192  # MiB: keys and values of the chats that run
     prefix_cache_mb: int = 512  # MiB: those of prompts that may come again
     pack_cache_mb: int = 512  # MiB: weights of busy personas and casts
+    load_timeout_s: int = 30  # that a chat waits for its persona's own weights
     api_key: str | None = field(default=None, repr=False)
     workers: int = 1  # sculpt worker processes: 0 or 1
     sculpt_device: str = "auto"  # where personas are sculpted; by default where they are served
@@ -258,6 +259,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "kv_cache_mb": _integer(1, 10_000_000, " (MiB)"),
     "prefix_cache_mb": _integer(0, 10_000_000, " (MiB)"),
     "pack_cache_mb": _integer(0, 10_000_000, " (MiB)"),
+    "load_timeout_s": _integer(1, 3600, " (seconds that a chat waits for its persona's own weights)"),
     "api_key": _text,
     "workers": _integer(0, 1, " (sculpt worker processes beside this server)"),
     "sculpt_device": _device,

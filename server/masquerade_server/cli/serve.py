@@ -38,6 +38,10 @@ PrefixCache = Annotated[
 PackCache = Annotated[
     int | None, typer.Option(help="MiB for weights of busy personas and casts (512). [MASQUERADE_PACK_CACHE_MB]")
 ]
+LoadTimeout = Annotated[
+    int | None,
+    typer.Option(help="Seconds a chat waits for its persona's own weights (30). [MASQUERADE_LOAD_TIMEOUT_S]"),
+]
 Key = Annotated[str | None, typer.Option(help="Ask every client for this bearer key. [MASQUERADE_API_KEY]")]
 Workers = Annotated[int | None, typer.Option(help="Sculpt workers beside the server, 0 or 1 (1). [MASQUERADE_WORKERS]")]
 SculptDevice = Annotated[
@@ -71,6 +75,7 @@ def serve(
     kv_cache_mb: KVCache = None,
     prefix_cache_mb: PrefixCache = None,
     pack_cache_mb: PackCache = None,
+    load_timeout_s: LoadTimeout = None,
     api_key: Key = None,
     workers: Workers = None,
     sculpt_device: SculptDevice = None,
@@ -111,6 +116,7 @@ def serve(
         kv_cache_mb=kv_cache_mb,
         prefix_cache_mb=prefix_cache_mb,
         pack_cache_mb=pack_cache_mb,
+        load_timeout_s=load_timeout_s,
         api_key=api_key,
         workers=workers,
         sculpt_device=sculpt_device,
