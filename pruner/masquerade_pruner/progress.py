@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from masquerade_masks import SculptCancelled
 
 # Time of a default sculpt by stage, measured on two cores with the bundled model; 1 is a sculpt without recovery.
-STAGES = {"select": 0.03, "answer": 0.30, "learn": 0.52, "recover": 0.26, "evaluate": 0.15}
+STAGES = {"select": 0.05, "answer": 0.17, "learn": 0.57, "recover": 0.50, "evaluate": 0.21}
 
 
 @dataclass(frozen=True, slots=True)
