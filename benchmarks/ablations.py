@@ -3,13 +3,14 @@
     python benchmarks/ablations.py --quick                           # minutes: small sculpts, to try it
     python benchmarks/ablations.py examples/personas/*.txt           # every study
     python benchmarks/ablations.py pip --studies loss estimator      # some of them
+    python benchmarks/ablations.py pip --start importance            # without the prior, where learning has most to do
 
 Personas are text files or ids of ready personas. Each is sculpted once (or its sculpt is found in the work directory,
 which is that of fidelity.py) for its examples; every variant then learns a mask anew in the same number of steps of as
 many branches, keeps what is best on validation, and is measured on the test split. The *reference* learns from KL and
 the sculpt's examples, straight-through, from the base's prior, or from Wanda's and Fisher's averaged ranks where it has
-none. A variant that several studies need is learned once. Each is kept in the work directory and checkpointed as it
-learns: an interrupted run goes on.
+none or with `--start importance`. A variant that several studies need is learned once. Each is kept in the work
+directory and checkpointed as it learns: an interrupted run goes on, and runs of different studies may share a persona.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -46,6 +47,7 @@ from masquerade_pruner.importance import activation_importance, averaged_ranks, 
 from masquerade_pruner.instructions import Instruction, load_instructions
 from masquerade_pruner.mask_learning import Loss
 from masquerade_pruner.presets import PRESETS
+from masquerade_pruner.presets import Start as SculptStart
 from masquerade_pruner.prior import prior_of
 from masquerade_pruner.sensitivity import persona_units
 from masquerade_pruner.synthesis import answer, plan_training
@@ -53,8 +55,8 @@ from masquerade_pruner.teacher import SelfTeacher
 from masquerade_pruner.tree import masked
 from masquerade_pruner.workdir import Workdir
 
-# The prior, or both importances where the base has none; or what it says.
-Start = Literal["usual", "random", "wanda", "fisher", "both"]
+# What the run starts from, the prior or both importances; or what it says.
+Start = Literal["usual", "prior", "random", "wanda", "fisher", "both"]
 # The sculpt's examples; half of its questions; more of them; one plain answer a question, selected or any, in character
 # or the instruction set's own.
 Data = Literal["sculpt", "first half", "second half", "more", "selected", "any", "selected neutral", "any neutral"]
@@ -92,13 +94,19 @@ REFERENCE = Variant()
 class Run:
     """The base, and how every mask is learned on it."""
 
-    def __init__(self, base: Base, *, preset: str, steps: int, cache_dir: Path) -> None:
+    def __init__(self, base: Base, *, preset: str, steps: int, cache_dir: Path, start: SculptStart = "prior") -> None:
         self.base = base
         self.settings = PRESETS[preset]
         self.steps = steps
         self.prior = prior_of(base, cache_dir)
+        self._start = start
         self.questions = load_instructions()
-        self._identity = {"base": base.fingerprint, "preset": preset, "steps": steps}
+        self._identity = {"base": base.fingerprint, "preset": preset, "steps": steps, "start": start}
+
+    @property
+    def from_prior(self) -> bool:
+        """Whether the reference starts from the prior."""
+        return self._start == "prior" and self.prior is not None
 
     def identity(self, kept: int) -> dict[str, Any]:
         """What masks of this many neurons depend on beside their persona."""
@@ -133,7 +141,8 @@ class Run:
             averaged=variant.averaged,
             seed=variant.seed,
         )
-        state = cells.read_tensors("learning") if cells.read_json("learning") == asdict(variant) else None
+        checkpoint = f"learning {variant.name}"
+        state = cells.read_tensors(checkpoint)
         if state is None:
             best = learner.mask()
             lowest = validation_kl(best)
@@ -149,9 +158,7 @@ class Run:
                 if kl < lowest:
                     best, lowest = mask, kl
                 found = {"best": best, "lowest": torch.tensor(lowest, dtype=torch.float64)}
-                cells.write_json("learning", None)  # what is there belongs to no variant until both files are written
-                cells.write_tensors("learning", learner.state() | found)
-                cells.write_json("learning", asdict(variant))
+                cells.write_tensors(checkpoint, learner.state() | found)
         return {"mask": best, "scores": learner.scores.detach()}
 
     def answer(self, system_prompt: str, questions: Sequence[Instruction], count: int) -> list[Example]:
@@ -235,7 +242,9 @@ class Persona:
         """The scores a variant begins with, `[layers, intermediate]`."""
         if variant.start == "random":
             return torch.rand(self.given.mask.shape, generator=torch.Generator().manual_seed(variant.seed))
-        if variant.start == "usual" and self._run.prior is not None:
+        chosen = {"usual": "prior" if self._run.from_prior else "both"}.get(variant.start, variant.start)
+        if chosen == "prior":
+            assert self._run.prior is not None  # the run and its studies ask for it where there is one
             return averaged_ranks(self._run.prior.at(self.kept))
         saved = self._cells.read_tensors("importance")
         if saved is None:
@@ -243,8 +252,7 @@ class Persona:
             model = self._run.model
             saved = {"wanda": activation_importance(model, few), "fisher": fisher_importance(model, few)}
             self._cells.write_tensors("importance", saved)
-        chosen = (variant.start,) if variant.start in saved else ("wanda", "fisher")
-        return averaged_ranks(*(saved[name] for name in chosen))
+        return averaged_ranks(*(saved.values() if chosen == "both" else [saved[chosen]]))
 
     def examples(self, variant: Variant) -> list[Example]:
         """What a variant learns from."""
@@ -296,11 +304,12 @@ class Study:
 
     def start(self) -> list[str]:
         """Where scores start."""
-        starts: tuple[Start, ...] = ("random", "wanda", "fisher")
-        if self._run.prior is None:
-            lines = self._compared([REFERENCE, *(Variant(start=one) for one in starts)])
-            return [*lines, "", "The reference starts from both importances: this base has no prior yet."]
-        return self._compared([REFERENCE, *(Variant(start=one) for one in (*starts, "both"))])
+        starts: list[Start] = ["random", "wanda", "fisher"]
+        if self._run.from_prior:
+            starts.append("both")
+        elif self._run.prior is not None:
+            starts.append("prior")
+        return self._compared([REFERENCE, *(Variant(start=one) for one in starts)])
 
     def estimator(self) -> list[str]:
         """Straight-through, Gumbel-softmax top-k or soft top-k."""
@@ -438,15 +447,16 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(available_cores())
     base = load_base(options.model, cache_dir=options.workdir / "cache")
-    run = Run(base, preset=options.preset, steps=options.steps, cache_dir=options.workdir / "cache")
-    people = []
+    cache_dir = options.workdir / "cache"
+    run = Run(base, preset=options.preset, steps=options.steps, start=options.start, cache_dir=cache_dir)
+    people, kind = [], f"{options.start}-{options.steps}"
     for persona_id, name, text in personas(options.personas):
         spec = SculptSpec(persona_id, name, text, sparsity=options.sparsity, preset=options.preset)
         result = sculpted(spec, base, options.workdir)
-        folder = options.workdir / f"{persona_id}-{options.sparsity}" / "ablations"
+        folder = options.workdir / f"{persona_id}-{options.sparsity}" / "ablations" / kind
         people.append(Persona(run, persona_id, result, folder))
-    study = Study(run, people, options.workdir / f"pooled-{options.sparsity}")
-    lines = _head(options, people)
+    study = Study(run, people, options.workdir / f"pooled-{options.sparsity}" / kind)
+    lines = _head(options, run, people)
     for name in options.studies:
         asked = getattr(study, name)
         lines += ["", f"## {asked.__doc__}", "", *asked()]
@@ -463,6 +473,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--preset", choices=list(PRESETS), default="default")
     parser.add_argument("--steps", type=int, help="of every variant; default: the preset's")
+    parser.add_argument("--start", choices=get_args(SculptStart), default="prior", help="the reference's (%(default)s)")
     parser.add_argument("--workdir", type=Path, help="default: that of fidelity.py, or one of its own with --quick")
     parser.add_argument("--quick", action="store_true", help="the smoke preset")
     parser.add_argument("--out", type=Path, help="write the tables here as well, as Markdown, study by study")
@@ -476,7 +487,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _head(options: argparse.Namespace, people: Sequence[Persona]) -> list[str]:
+def _head(options: argparse.Namespace, run: Run, people: Sequence[Persona]) -> list[str]:
     return [
         "# What each part of mask learning is worth",
         "",
@@ -484,6 +495,7 @@ def _head(options: argparse.Namespace, people: Sequence[Persona]) -> list[str]:
         "",
         f"{', '.join(one.id for one in people)} at {options.sparsity:.0%}; {options.steps} steps of "
         f"{PRESETS[options.preset].branches_per_step} branches each.",
+        f"The reference starts from {'the prior' if run.from_prior else 'both importances'}.",
         "KL to the dense persona model in nats a token over the test questions, the mean over personas; *below* is",
         "1 - KL(variant) / KL(the first), with its 95 % interval from a paired bootstrap over questions, nested in",
         "personas: negative where the variant is worse.",

@@ -121,6 +121,9 @@ def test_the_usual_start_is_the_prior_where_there_is_one(
     assert torch.equal(persona.start(REFERENCE), ranks)
     assert not torch.equal(persona.start(Variant(start="both")), ranks)
     assert not torch.equal(persona.start(Variant(start="wanda")), persona.start(Variant(start="fisher")))
+    monkeypatch.setattr(run, "_start", "importance")
+    assert torch.equal(persona.start(REFERENCE), persona.start(Variant(start="both")))
+    assert torch.equal(persona.start(Variant(start="prior")), ranks)
 
 
 def test_halves_share_no_question(persona: Persona) -> None:
