@@ -11,6 +11,7 @@ from masquerade_masks import SculptCancelled
 
 # Time of a default sculpt by stage, measured on two cores with the bundled model; 1 is a sculpt without recovery.
 STAGES = {"select": 0.05, "answer": 0.17, "learn": 0.57, "recover": 0.50, "evaluate": 0.21}
+COUNT_EVERY_S = 10  # at most so many seconds of a killed process are not counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +43,25 @@ class Reporter:
         self._add_seconds = add_seconds
         self._stage = ""
         self._started = time.monotonic()
+        self._counted = self._started  # up to where the running stage's seconds are counted
         self._first_share: float | None = None  # of the job, already done when this process began
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Name the running stage, and count its seconds even where it is interrupted."""
+        """Name the running stage, and count its seconds even where it is interrupted or killed."""
         self._stage = name
-        began = time.monotonic()
+        self._counted = time.monotonic()
         self.at(0, 1, message=f"{name}: starting")
         try:
             yield
         finally:
-            self._add_seconds(name, time.monotonic() - began)
+            self._count()
 
     def at(self, completed: int, total: int, *, loss: float | None = None, message: str = "", dropped: int = 0) -> None:
         """Report, and raise `SculptCancelled` where the job was cancelled."""
         self.check()
+        if time.monotonic() - self._counted >= COUNT_EVERY_S:
+            self._count()
         eta = self._eta(completed / max(1, total))
         self._on_progress(Progress(self._stage, completed, total, eta, loss, message, dropped))
 
@@ -65,6 +69,11 @@ class Reporter:
         """Raise `SculptCancelled` where the job was cancelled."""
         if self._cancelled():
             raise SculptCancelled()
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self._add_seconds(self._stage, now - self._counted)
+        self._counted = now
 
     def _eta(self, done: float) -> float | None:
         names = list(self._shares)

@@ -25,3 +25,16 @@ def test_nothing_is_left_at_the_end(monkeypatch: pytest.MonkeyPatch, shares: dic
     left = [one.eta_s for one in news if one.eta_s is not None]
     assert left[0] > left[-1] == 0.0
     assert math.copysign(1.0, left[-1]) == 1.0
+
+
+def test_a_killed_stage_has_counted_all_but_its_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    spent: list[tuple[str, float]] = []
+    reporter = Reporter(lambda news: None, lambda: False, lambda stage, seconds: spent.append((stage, seconds)))
+    with reporter.stage("learn"):
+        for done in range(1, 8):
+            now = 4.0 * done
+            reporter.at(done, 7)
+        assert spent == [("learn", 12.0), ("learn", 12.0)]  # what a kill leaves
+    assert sum(seconds for _, seconds in spent) == 28.0
