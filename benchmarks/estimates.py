@@ -32,6 +32,7 @@ from masquerade_engine.device_memory import DeviceMemory
 from masquerade_engine.threads import available_cores
 from masquerade_masks import InsufficientMemory
 from masquerade_pruner import PRESETS, Execution, Progress, SculptSpec, estimate, sculpt
+from masquerade_pruner.instructions import load_instructions, spread
 from masquerade_pruner.memory import Shape, Workload
 from masquerade_pruner.plan import Job, make_plan
 
@@ -250,11 +251,11 @@ def _random_bases(folder: Path, device: str) -> Iterator[Path]:
 
 
 def _few_questions(folder: Path) -> Path:
-    """Questions of 24 topics: the reference personas are run over them all."""
+    """Some of the built-in questions as 24 topics: the reference personas are run over them all."""
+    built_in = load_instructions()
+    few = spread([*built_in.train, *built_in.validation, *built_in.test], 72)
     rows = [
-        {"instruction": f"What do you make of {word} and {topic}, {word[::-1]}?", "output": "Much.", "topic": topic}
-        for topic in (f"topic{index}" for index in range(24))
-        for word in ("alpha", "brick", "crane")
+        {"instruction": one.text, "output": one.output, "topic": f"topic{index % 24}"} for index, one in enumerate(few)
     ]
     file = folder / "questions.json"
     file.write_text(json.dumps(rows))
