@@ -207,7 +207,6 @@ class _Sculptor:
         model = self.__dict__.pop("model", None)
         if model is not None:
             model.to("meta")
-            give_memory_back(self.base.device)
 
     @cached_property
     def model(self) -> torch.nn.Module:
@@ -219,6 +218,7 @@ class _Sculptor:
         if self._engine is None:
             if not self.plan.keeps_learner:
                 self.release_model()
+            give_memory_back(self.base.device)  # what the stages before have freed
             self._engine = Engine(self.base, self._engine_settings())
         digest = f"base:{self.base.fingerprint}" if subnetwork is None else subnetwork.digest
         return SelfTeacher(self._engine, PersonaFunction(digest, "sculpt", subnetwork))
@@ -511,8 +511,7 @@ class _Sculptor:
         self.release_engine()
         with self.reporter.stage("recover"):
             held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
-
-            return recover(
+            recovered = recover(
                 self.model,
                 learned.mask,
                 self.spec.recovery,
@@ -531,6 +530,8 @@ class _Sculptor:
                     layers + step, total, loss=loss, message=f"recovering with {self.spec.recovery}"
                 ),
             )
+        give_memory_back(self.base.device)
+        return recovered
 
     # 5. evaluate
 
