@@ -446,16 +446,17 @@ def main() -> None:
     """Sculpt or find, learn every variant, print, write."""
     options = _options()
     torch.set_num_threads(available_cores())
-    base = load_base(options.model, cache_dir=options.workdir / "cache")
     cache_dir = options.workdir / "cache"
+    base = load_base(options.model, cache_dir=cache_dir)
     run = Run(base, preset=options.preset, steps=options.steps, start=options.start, cache_dir=cache_dir)
-    people, kind = [], f"{options.start}-{options.steps}"
+    learning = f"{options.start}-{options.steps}"  # runs that learn otherwise have cells of their own
+    people = []
     for persona_id, name, text in personas(options.personas):
         spec = SculptSpec(persona_id, name, text, sparsity=options.sparsity, preset=options.preset)
         result = sculpted(spec, base, options.workdir)
-        folder = options.workdir / f"{persona_id}-{options.sparsity}" / "ablations" / kind
+        folder = options.workdir / f"{persona_id}-{options.sparsity}" / "ablations" / learning
         people.append(Persona(run, persona_id, result, folder))
-    study = Study(run, people, options.workdir / f"pooled-{options.sparsity}" / kind)
+    study = Study(run, people, options.workdir / f"pooled-{options.sparsity}" / learning)
     lines = _head(options, run, people)
     for name in options.studies:
         asked = getattr(study, name)

@@ -11,7 +11,7 @@ from masquerade_masks import SculptCancelled
 
 # Time of a default sculpt by stage, measured on two cores with the bundled model; 1 is a sculpt without recovery.
 STAGES = {"select": 0.05, "answer": 0.17, "learn": 0.57, "recover": 0.50, "evaluate": 0.21}
-COUNT_EVERY_S = 10  # at most so many seconds of a killed process are not counted
+COUNT_EVERY_S = 10  # a stage's seconds are counted at the first report after so many, so a kill loses few
 
 
 @dataclass(frozen=True, slots=True)
