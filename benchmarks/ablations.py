@@ -8,8 +8,8 @@
 Personas are text files or ids of ready personas. Each is sculpted once (or its sculpt is found in the work directory,
 which is that of fidelity.py) for its examples; every variant then learns a mask anew in the same number of steps of as
 many branches, keeps what is best on validation, and is measured on the test split. The *reference* learns from KL and
-the sculpt's examples, straight-through, from the base's prior, or from Wanda's and Fisher's averaged ranks where it has
-none or with `--start importance`. A variant that several studies need is learned once. Each is kept in the work
+the sculpt's examples, as `MaskLearner` does, from the base's prior, or from Wanda's and Fisher's averaged ranks where
+it has none or with `--start importance`. A variant that several studies need is learned once. Each is kept in the work
 directory and checkpointed as it learns: an interrupted run goes on, and runs of different studies may share a persona.
 """
 
@@ -45,7 +45,7 @@ from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.instructions import Instruction, load_instructions
-from masquerade_pruner.mask_learning import Loss
+from masquerade_pruner.mask_learning import METHOD, Loss
 from masquerade_pruner.presets import PRESETS
 from masquerade_pruner.presets import Start as SculptStart
 from masquerade_pruner.prior import prior_of
@@ -72,7 +72,7 @@ class Variant:
 
     loss: Loss = "kl"
     start: Start = "usual"
-    estimator: Estimator = "straight-through"
+    estimator: Estimator = "dropped"
     temperature: float = 0.0
     annealed: bool = False
     optimizer: Optimizer = "damped"
@@ -101,7 +101,7 @@ class Run:
         self.prior = prior_of(base, cache_dir)
         self._start = start
         self.questions = load_instructions()
-        self._identity = {"base": base.fingerprint, "preset": preset, "steps": steps, "start": start}
+        self._identity = {"base": base.fingerprint, "preset": preset, "steps": steps, "start": start, "method": METHOD}
 
     @property
     def from_prior(self) -> bool:
@@ -312,9 +312,10 @@ class Study:
         return self._compared([REFERENCE, *(Variant(start=one) for one in starts)])
 
     def estimator(self) -> list[str]:
-        """Straight-through, Gumbel-softmax top-k or soft top-k."""
+        """Straight-through to dropped neurons or to all, Gumbel-softmax top-k or soft top-k."""
         kinds: tuple[Estimator, ...] = ("gumbel", "soft")
-        others = [Variant(estimator=kind, temperature=one) for kind in kinds for one in TEMPERATURES]
+        others = [Variant(estimator="straight-through")]
+        others += [Variant(estimator=kind, temperature=one) for kind in kinds for one in TEMPERATURES]
         return self._compared([REFERENCE, *others])
 
     def annealing(self) -> list[str]:

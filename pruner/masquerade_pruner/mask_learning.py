@@ -1,7 +1,8 @@
 """Mask learning: the binary top-k of real scores, through a straight-through estimator on frozen weights.
 
 Forward, each layer's `kept` highest scores z become a 0/1 mask on the FFN's intermediate activations; backward, the
-mask is taken for the identity, so z receives the mask's gradient (Persona-Pruner, section 3; arXiv 2606.14695).
+mask is taken for the identity, so z receives the mask's gradient (Persona-Pruner, section 3; arXiv 2606.14695). Of
+that, the learner uses what dropped neurons receive: see `MaskLearner`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from masquerade_pruner.tree import Tree, TreeContext, head_weight, plant, run_tr
 
 Loss = Literal["kl", "cross_entropy"]
 
-METHOD = "damped-adam/1"  # of learning: another one cannot go on from its checkpoints
+METHOD = "dropped-neurons/1"  # of learning: another one cannot go on from its checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,11 @@ class DampedAdam(torch.optim.Optimizer):
 class MaskLearner:
     """Scores, their optimiser and one training step; state is saved and restored whole.
 
+    Dropped neurons compete for a place in the mask by their gradient, and push out the kept ones of the lowest scores,
+    which stand still. A dropped neuron's gradient says what a little of it would do, and so would all of it. A kept
+    one's says what a little less would do, and losing it whole is another matter: many of those that a mask depends on
+    most would be better at 0.9 and ruin it at 0 (docs/sculpting.md has the numbers).
+
     Scores are best given as ranks in [0, 1] in their layer: a learning rate then moves as many neurons over the border
     of the mask, whatever they come from. What comes out is an average of the scores over the steps.
     """
@@ -187,6 +193,10 @@ class MaskLearner:
         """What a step masks with, `[layers, intermediate]`, differentiable in the scores."""
         return straight_through(self.scores + self._pull, self._kept)
 
+    def heeded(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The part of a step's gradient that scores move against: that of the neurons which the step dropped."""
+        return gradient * (1 - top_k_mask(self.scores.detach() + self._pull, self._kept))
+
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""
         self._optimizer.zero_grad(set_to_none=True)
@@ -195,6 +205,8 @@ class MaskLearner:
             loss = self._loss_of(planted)
             torch.autograd.backward(loss)
             total += float(loss.detach())
+        assert self.scores.grad is not None
+        self.scores.grad = self.heeded(self.scores.grad)
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate * warm_cosine(self.step_number, self._steps)
         self._optimizer.step()

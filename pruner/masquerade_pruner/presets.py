@@ -36,7 +36,7 @@ class SculptSettings:
     context_share: float = 0.25  # of the branches, with a scene line or earlier turns
     branches_per_step: int = 16
     steps: int = 24  # from a prior; more from there gain little
-    learning_rate: float = 0.012
+    learning_rate: float = 0.008
     loss: Loss = "kl"
     start: Start = "prior"  # what scores start from; `importance` too where the base has no prior
     question_share: float = 0.0  # of an example's weight, for the tokens before its answer
