@@ -14,6 +14,7 @@ dense persona model is read on the test split; the strongest baseline of each co
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -75,7 +76,7 @@ class Comparison:
         given: Material,
         folder: Path,
         *,
-        identity: dict[str, Any],  # what the figures depend on: other figures in the folder are thrown away
+        identity: dict[str, Any],  # of the base: figures of other examples, or another base, are thrown away
         num_calibration: int,  # training examples that the methods see, as many as the sculpt's initial scores
         prior: Prior | None = None,  # where recoveries may start, whichever mask they are of
         recovery_steps: Mapping[str, int] | None = None,  # by kind of recovery; the default's for those not named
@@ -85,7 +86,7 @@ class Comparison:
         self._build_model = model
         self._given = given
         self._folder = folder
-        self._identity = identity | {"num_calibration": num_calibration}
+        self._identity = identity | {"examples": _digest(given), "num_calibration": num_calibration}
         self._num_calibration = num_calibration
         self._prior = prior
         self._recovery_steps = recovery_steps or {}
@@ -107,7 +108,8 @@ class Comparison:
         )
 
     def _cell(self, method: str, seed: int, recovery: str) -> Figures:
-        name = f"{method}-{seed}"
+        # Another learned mask leaves the other methods' figures as they are.
+        name = f"{method}-{_mask_digest(self._given.mask) if method == OURS else seed}"
         directory = self._directory(recovery)
         saved = directory.read_json(name)
         if saved is None:
@@ -182,6 +184,16 @@ class Comparison:
         return HeldOut(self._model, self._given.test)
 
 
+def _digest(given: Material) -> str:
+    """sha256 of the examples of every split."""
+    every = [[(one.prompt, one.answer) for one in examples] for examples in (given.train, given.validation, given.test)]
+    return hashlib.sha256(repr(every).encode()).hexdigest()
+
+
+def _mask_digest(mask: torch.Tensor) -> str:
+    return hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:12]
+
+
 def main() -> None:
     """Sculpt or find, compare, print, write."""
     options = _options()
@@ -198,7 +210,7 @@ def main() -> None:
                 model,
                 material(result),
                 options.workdir / f"{persona_id}-{sparsity}" / "baselines",
-                identity={"digest": result.subnetwork.digest, "settings": result.settings},
+                identity={"base": base.fingerprint},
                 num_calibration=result.settings["num_importance"],
                 prior=prior,
                 recovery_steps=dict(options.recovery_steps),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ def _given(split_size: int = 4) -> Material:
     return Material([_example(next(numbers), "train") for _ in range(6)], **held_out, mask=mask)
 
 
-def _comparison(model: Any, folder: Path, given: Material, digest: str = "one") -> Comparison:
-    return Comparison(lambda: model, given, folder, identity={"digest": digest}, num_calibration=4, num_seeds=2)
+def _comparison(model: Any, folder: Path, given: Material, base: str = "one") -> Comparison:
+    return Comparison(lambda: model, given, folder, identity={"base": base}, num_calibration=4, num_seeds=2)
 
 
 def _refuse() -> torch.nn.Module:
@@ -50,17 +51,31 @@ def _refuse() -> torch.nn.Module:
 def test_an_interrupted_run_goes_on_where_it_was(model: torch.nn.Module, tmp_path: Path) -> None:
     first = _comparison(model, tmp_path, _given())
     found = {method: first.figures(method, "none") for method in (OURS, *METHODS)}
-    again = Comparison(_refuse, _given(), tmp_path, identity={"digest": "one"}, num_calibration=4, num_seeds=2)
+    again = Comparison(_refuse, _given(), tmp_path, identity={"base": "one"}, num_calibration=4, num_seeds=2)
     assert {method: again.figures(method, "none") for method in (OURS, *METHODS)} == found
     with pytest.raises(AssertionError, match="needs no model"):
         again.figures("flap", "none")
 
 
-def test_figures_of_another_sculpt_are_not_taken(model: torch.nn.Module, tmp_path: Path) -> None:
-    _comparison(model, tmp_path, _given()).figures("wanda", "none")
-    assert (tmp_path / "none" / "wanda-0.json").is_file()
-    _comparison(model, tmp_path, _given(), digest="other").figures("random", "none")
-    assert not (tmp_path / "none" / "wanda-0.json").exists()
+def test_figures_of_another_base_or_of_other_examples_are_not_taken(model: torch.nn.Module, tmp_path: Path) -> None:
+    for other in ({"base": "other"}, {"given": _given(split_size=3)}):
+        _comparison(model, tmp_path, _given()).figures("wanda", "none")
+        assert (tmp_path / "none" / "wanda-0.json").is_file()
+        _comparison(model, tmp_path, **({"given": _given()} | other)).figures("random", "none")
+        assert not (tmp_path / "none" / "wanda-0.json").exists()
+
+
+def test_another_learned_mask_is_measured_and_the_other_methods_are_kept(
+    model: torch.nn.Module, tmp_path: Path
+) -> None:
+    given = _given()
+    before = {method: _comparison(model, tmp_path, given).figures(method, "none") for method in (OURS, "random")}
+    again = _comparison(model, tmp_path, replace(given, mask=given.mask.flip(1)))
+    assert again.figures("random", "none") == before["random"]
+    found = again.figures(OURS, "none")
+    assert found is not None
+    assert before[OURS] is not None
+    assert found.test != before[OURS].test
 
 
 def test_random_masks_are_averaged_by_question(model: torch.nn.Module, tmp_path: Path) -> None:
@@ -84,7 +99,7 @@ def test_each_kind_of_recovery_has_a_budget_of_its_own(model: torch.nn.Module, t
             lambda: model,
             _given(),
             tmp_path,
-            identity={"digest": "one"},
+            identity={"base": "one"},
             num_calibration=4,
             recovery_steps={"vectors": steps},
         )
