@@ -44,12 +44,15 @@ class Reporter:
         self._stage = ""
         self._started = time.monotonic()
         self._counted = self._started  # up to where the running stage's seconds are counted
-        self._first_share: float | None = None  # of the job, already done when this process began
+        self._share = 0.0  # of the job, at the last report
+        self._given = 0.0  # ... that took this process no time: an earlier one did it
+        self._working = False  # whether the running stage has reported work of this process
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Name the running stage, and count its seconds even where it is interrupted or killed."""
         self._stage = name
+        self._working = False
         self._counted = time.monotonic()
         self.at(0, 1, message=f"{name}: starting")
         try:
@@ -79,8 +82,11 @@ class Reporter:
         names = list(self._shares)
         before = sum(self._shares[name] for name in names[: names.index(self._stage)])
         share = before + self._shares[self._stage] * done
-        if self._first_share is None:
-            self._first_share = share
-        elapsed, gained = time.monotonic() - self._started, share - self._first_share
+        if not self._working:
+            # Stages that were skipped, and as much of this one as its first report begins with.
+            self._given += max(0.0, share - self._share)
+            self._working = done > 0
+        self._share = share
+        elapsed, gained = time.monotonic() - self._started, share - self._given
         # Less than the first stage's share says little: a model is being loaded, files are being mapped.
         return round(elapsed * max(0.0, 1 - share) / gained, 1) if gained > 0.03 else None

@@ -38,3 +38,24 @@ def test_a_killed_stage_has_counted_all_but_its_last_seconds(monkeypatch: pytest
             reporter.at(done, 7)
         assert spent == [("learn", 12.0), ("learn", 12.0)]  # what a kill leaves
     assert sum(seconds for _, seconds in spent) == 28.0
+
+
+@pytest.mark.parametrize("resumed", [("select", 0), ("answer", 400), ("learn", 700)])
+def test_what_an_earlier_process_did_does_not_shorten_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, resumed: tuple[str, int]
+) -> None:
+    """A job whose stages take as long as they are reckoned to, killed once: its eta is right from the first one on."""
+    now, seconds = 0.0, 1000.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    news: list[tuple[float, Progress]] = []
+    reporter = Reporter(lambda one: news.append((now, one)), lambda: False, lambda stage, spent: None)
+    names, total = list(STAGES), sum(STAGES.values())
+    first, begins = resumed
+    for stage in names[names.index(first) :]:
+        with reporter.stage(stage):
+            for done in range((begins if stage == first else 0) + 1, 1001):
+                now += seconds * STAGES[stage] / total / 1000
+                reporter.at(done, 1000)
+    told = [(at, one.eta_s) for at, one in news if one.eta_s is not None]
+    assert len(told) > 100
+    assert all(eta == pytest.approx(now - at, rel=0.03, abs=1.0) for at, eta in told)
