@@ -57,6 +57,8 @@ from masquerade_pruner.workdir import Workdir
 
 # What the run starts from, the prior or both importances; or what it says.
 Start = Literal["usual", "prior", "random", "wanda", "fisher", "both"]
+# Those that learn from a step: from the prior the dropped ones, else all; or what it says. Of straight-through alone.
+Neurons = Literal["usual", "all", "dropped"]
 # The sculpt's examples; half of its questions; more of them; one plain answer a question, selected or any, in character
 # or the instruction set's own.
 Data = Literal["sculpt", "first half", "second half", "more", "selected", "any", "selected neutral", "any neutral"]
@@ -72,7 +74,8 @@ class Variant:
 
     loss: Loss = "kl"
     start: Start = "usual"
-    estimator: Estimator = "dropped"
+    estimator: Estimator = "straight-through"
+    neurons: Neurons = "usual"
     temperature: float = 0.0
     annealed: bool = False
     optimizer: Optimizer = "damped"
@@ -127,12 +130,15 @@ class Run:
         cells: Workdir,
     ) -> dict[str, torch.Tensor]:
         """`mask`, the best on validation, and the last `scores`; resumed from the last checkpoint in `cells`."""
+        from_prior = self.from_prior if variant.start == "usual" else variant.start == "prior"
         learner = EstimatorLearner(
             self.model,
             start,
             kept,
             steps=self.steps,
-            learning_rate=self.settings.learning_rate,
+            learning_rate=self.settings.learning_rate if from_prior else self.settings.scratch_learning_rate,
+            dropped_alone=variant.estimator == "straight-through"
+            and (from_prior if variant.neurons == "usual" else variant.neurons == "dropped"),
             loss=variant.loss,
             estimator=variant.estimator,
             temperature=variant.temperature,
@@ -312,9 +318,9 @@ class Study:
         return self._compared([REFERENCE, *(Variant(start=one) for one in starts)])
 
     def estimator(self) -> list[str]:
-        """Straight-through to dropped neurons or to all, Gumbel-softmax top-k or soft top-k."""
+        """Straight-through, to dropped neurons or to all, Gumbel-softmax top-k or soft top-k."""
         kinds: tuple[Estimator, ...] = ("gumbel", "soft")
-        others = [Variant(estimator="straight-through")]
+        others = [Variant(neurons="all" if self._run.from_prior else "dropped")]
         others += [Variant(estimator=kind, temperature=one) for kind in kinds for one in TEMPERATURES]
         return self._compared([REFERENCE, *others])
 

@@ -8,7 +8,7 @@ import torch
 
 from masquerade_pruner.mask_learning import MaskLearner, straight_through, top_k_mask
 
-Estimator = Literal["dropped", "straight-through", "gumbel", "soft"]
+Estimator = Literal["straight-through", "gumbel", "soft"]
 Optimizer = Literal["damped", "adam"]
 
 COOLING = 0.1  # temperatures end at this share of where they start
@@ -18,8 +18,6 @@ ANNEALED_SHARE = 0.5  # of the steps, over which an annealed sparsity grows
 class EstimatorLearner(MaskLearner):
     """A mask learner whose steps estimate, or size, the mask in another way; what it yields is a hard top-k mask.
 
-    - `dropped`: `MaskLearner`'s own, the straight-through gradient of the neurons that a step dropped;
-    - `straight-through`: ... of all neurons (the paper's, arXiv 2606.14695);
     - `gumbel`: top-k of scores with Gumbel noise, whose gradient is that of `soft_top_k` of the same (straight-through
       Gumbel-softmax, arXiv 1611.01144, over subsets as in arXiv 1901.10517);
     - `soft`: the forward pass is `soft_top_k` itself, without noise;
@@ -34,7 +32,7 @@ class EstimatorLearner(MaskLearner):
     def __init__(
         self,
         *args: Any,
-        estimator: Estimator = "dropped",
+        estimator: Estimator = "straight-through",
         temperature: float = 0.0,  # in units of the scores, of `gumbel` and `soft`
         annealed: bool = False,
         optimizer: Optimizer = "damped",
@@ -57,7 +55,7 @@ class EstimatorLearner(MaskLearner):
     def training_mask(self) -> torch.Tensor:
         kept = self.kept_now()
         scores = self.scores + self._pull
-        if self._estimator in ("dropped", "straight-through"):
+        if self._estimator == "straight-through":
             return straight_through(scores, kept)
         temperature = self._temperature * COOLING ** (self.step_number / max(1, self._steps - 1))
         if self._estimator == "soft":
@@ -65,11 +63,6 @@ class EstimatorLearner(MaskLearner):
         noisy = scores + temperature * self._gumbel()
         soft = soft_top_k(noisy, kept, temperature)
         return top_k_mask(noisy.detach(), kept) + soft - soft.detach()
-
-    def heeded(self, gradient: torch.Tensor) -> torch.Tensor:
-        if self._estimator != "dropped":
-            return gradient
-        return gradient * (1 - top_k_mask(self.scores.detach() + self._pull, self.kept_now()))
 
     def kept_now(self) -> int:
         """Neurons of every layer that this step keeps."""

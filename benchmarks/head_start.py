@@ -62,9 +62,12 @@ def main() -> None:
                 few = given.train[: settings.num_importance]
                 ranks = averaged_ranks(activation_importance(model, few), fisher_importance(model, few))
                 race = Race(model, given, kept, options)
-                scratch = list(race.run(ranks))
+                scratch = list(race.run(ranks, from_prior=False))
                 goal = min(kl for _, _, kl in scratch)
-                found = {"scratch": scratch, "prior": list(race.run(averaged_ranks(prior.at(kept)), goal))}
+                found = {
+                    "scratch": scratch,
+                    "prior": list(race.run(averaged_ranks(prior.at(kept)), goal, from_prior=True)),
+                }
                 cells.write_json("found", found)
             lines.append(_line(persona_id, sparsity, found))
             print(lines[-1], file=sys.stderr, flush=True)
@@ -80,11 +83,17 @@ class Race:
         self._model, self._given, self._kept, self._options = model, given, kept, options
         self._held_out = HeldOut(model, given.validation)
 
-    def run(self, start: torch.Tensor, goal: float | None = None) -> Iterator[At]:
+    def run(self, start: torch.Tensor, goal: float | None = None, *, from_prior: bool) -> Iterator[At]:
         """Every measurement up to the first that reaches the goal, or the last."""
         options, settings = self._options, PRESETS[self._options.preset]
-        rate = settings.learning_rate
-        learner = MaskLearner(self._model, start, self._kept, steps=options.steps, learning_rate=rate)
+        learner = MaskLearner(
+            self._model,
+            start,
+            self._kept,
+            steps=options.steps,
+            learning_rate=settings.learning_rate if from_prior else settings.scratch_learning_rate,
+            dropped_alone=from_prior,
+        )
         order = Epochs(self._given.train, settings.branches_per_step, 0)
         seconds = 0.0
         while True:

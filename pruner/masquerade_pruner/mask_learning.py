@@ -1,8 +1,8 @@
 """Mask learning: the binary top-k of real scores, through a straight-through estimator on frozen weights.
 
 Forward, each layer's `kept` highest scores z become a 0/1 mask on the FFN's intermediate activations; backward, the
-mask is taken for the identity, so z receives the mask's gradient (Persona-Pruner, section 3; arXiv 2606.14695). Of
-that, the learner uses what dropped neurons receive: see `MaskLearner`.
+mask is taken for the identity, so z receives the mask's gradient (Persona-Pruner, section 3; arXiv 2606.14695). From
+a start that is good already, `MaskLearner` leaves out what kept neurons receive.
 """
 
 from __future__ import annotations
@@ -140,10 +140,11 @@ class DampedAdam(torch.optim.Optimizer):
 class MaskLearner:
     """Scores, their optimiser and one training step; state is saved and restored whole.
 
-    Dropped neurons compete for a place in the mask by their gradient, and push out the kept ones of the lowest scores,
-    which stand still. A dropped neuron's gradient says what a little of it would do, and so would all of it. A kept
-    one's says what a little less would do, and losing it whole is another matter: many of those that a mask depends on
-    most would be better at 0.9 and ruin it at 0 (docs/sculpting.md has the numbers).
+    With `dropped_alone`, dropped neurons compete for a place in the mask by their gradient and push out the kept ones of
+    the lowest scores, which stand still. A dropped neuron's gradient says what a little of it would do, and so would all
+    of it. A kept one's says what a little less would do, and losing it whole is another matter: many of those that a
+    mask depends on most would be better at 0.9 and ruin it at 0. Where a start is poor, their gradients still say more
+    than nothing (docs/sculpting.md has the numbers of both).
 
     Scores are best given as ranks in [0, 1] in their layer: a learning rate then moves as many neurons over the border
     of the mask, whatever they come from. What comes out is an average of the scores over the steps.
@@ -159,6 +160,7 @@ class MaskLearner:
         learning_rate: float,
         loss: Loss = "kl",
         question_share: float = 0.0,
+        dropped_alone: bool = False,  # whether only the neurons that a step dropped learn from it
         pull: torch.Tensor | None = None,  # [layers, intermediate], added to the scores where neurons are chosen
         micro_batch: int | None = None,  # branches a pass; None: all of a step
         checkpointing: bool = False,
@@ -171,6 +173,7 @@ class MaskLearner:
         self._kept = kept
         self._loss = loss
         self._question_share = question_share
+        self._dropped_alone = dropped_alone
         self._pull = torch.zeros_like(self.scores) if pull is None else pull.to(self.scores.device)
         self._micro_batch = micro_batch
         self._checkpointing = checkpointing
@@ -194,8 +197,10 @@ class MaskLearner:
         return straight_through(self.scores + self._pull, self._kept)
 
     def heeded(self, gradient: torch.Tensor) -> torch.Tensor:
-        """The part of a step's gradient that scores move against: that of the neurons which the step dropped."""
-        return gradient * (1 - top_k_mask(self.scores.detach() + self._pull, self._kept))
+        """The part of a step's gradient that scores move against."""
+        if not self._dropped_alone:
+            return gradient
+        return gradient.masked_fill(self.training_mask().detach() > 0, 0.0)
 
     def step(self, examples: Sequence[Example]) -> float:
         """Learn from one batch; return its loss in nats a token."""

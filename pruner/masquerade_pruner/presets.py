@@ -18,8 +18,8 @@ MAX_SPARSITY = 0.9
 MAX_TEXT_BYTES = 16_384
 # Settings that no answer depends on: masks that differ in these alone are learned from the same answers.
 OF_LEARNING = frozenset(
-    {"sparsity", "preset", "learning_rate", "loss", "start", "question_share", "cast_pull", "num_importance"}
-    | {"validate_every", "num_free_running", "recovery"}
+    {"sparsity", "preset", "learning_rate", "scratch_learning_rate", "loss", "start", "question_share", "cast_pull"}
+    | {"num_importance", "validate_every", "num_free_running", "recovery"}
 )
 RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 TEACHERS = ("base", "remote")
@@ -36,7 +36,8 @@ class SculptSettings:
     context_share: float = 0.25  # of the branches, with a scene line or earlier turns
     branches_per_step: int = 16
     steps: int = 24  # from a prior; more from there gain little
-    learning_rate: float = 0.008
+    learning_rate: float = 0.008  # from a prior, where only the neurons that a step dropped learn from it
+    scratch_learning_rate: float = 0.012  # from importances, where all do
     loss: Loss = "kl"
     start: Start = "prior"  # what scores start from; `importance` too where the base has no prior
     question_share: float = 0.0  # of an example's weight, for the tokens before its answer

@@ -56,18 +56,28 @@ def test_top_k_keeps_exactly_k_a_layer() -> None:
     assert top_k_mask(torch.zeros(4, 10), 3).sum(dim=1).tolist() == [3, 3, 3, 3]
 
 
-def test_the_scores_receive_the_masks_gradient(tiny_model: torch.nn.Module, make_examples: MakeExamples) -> None:
-    """Straight-through: a dropped neuron's dL/dz is dL/dmask, checked by finite differences of its coefficient."""
+@pytest.mark.parametrize("dropped_alone", [False, True])
+def test_the_scores_receive_the_masks_gradient(
+    tiny_model: torch.nn.Module, make_examples: MakeExamples, dropped_alone: bool
+) -> None:
+    """Straight-through: dL/dz is dL/dmask, checked by finite differences of a neuron's coefficient."""
     examples = make_examples(3)
     shape = (3, 96)
     start = torch.rand(shape, generator=torch.Generator().manual_seed(3))
-    learner = MaskLearner(tiny_model, start, 64, steps=10, learning_rate=1e-9, loss="cross_entropy")
+    learner = MaskLearner(
+        tiny_model, start, 64, steps=10, learning_rate=1e-9, loss="cross_entropy", dropped_alone=dropped_alone
+    )
     mask = learner.mask()
     learner.step(examples)
     gradient = learner.scores.grad
     assert gradient is not None
-    assert torch.equal(gradient.ne(0), mask.eq(0))  # kept neurons stand still
-    for layer, neuron in ((0, int(mask[0].argmin())), (2, int(mask[2].argmin()))):
+    if dropped_alone:
+        assert torch.equal(gradient.ne(0), mask.eq(0))
+        neurons = ((0, int(mask[0].argmin())), (2, int(mask[2].argmin())))
+    else:
+        assert gradient.ne(0).all(dim=1).all()  # dropped neurons learn as well
+        neurons = ((0, 5), (2, 80))
+    for layer, neuron in neurons:
         nudged = [mask.clone() for _ in range(2)]
         nudged[0][layer, neuron] -= 0.01
         nudged[1][layer, neuron] += 0.01
