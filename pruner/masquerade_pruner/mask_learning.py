@@ -140,11 +140,11 @@ class DampedAdam(torch.optim.Optimizer):
 class MaskLearner:
     """Scores, their optimiser and one training step; state is saved and restored whole.
 
-    With `dropped_alone`, dropped neurons compete for a place in the mask by their gradient and push out the kept ones of
-    the lowest scores, which stand still. A dropped neuron's gradient says what a little of it would do, and so would all
-    of it. A kept one's says what a little less would do, and losing it whole is another matter: many of those that a
-    mask depends on most would be better at 0.9 and ruin it at 0. Where a start is poor, their gradients still say more
-    than nothing (docs/sculpting.md has the numbers of both).
+    With `dropped_alone`, dropped neurons compete for a place in the mask by their gradient and push out the kept ones
+    of the lowest scores, which stand still. A dropped neuron's gradient says what a little of it would do, and so would
+    all of it. A kept one's says what a little less would do, and losing it whole is another matter: many of those that
+    a mask depends on most would be better at 0.9 and ruin it at 0. From a poor start there is more to gain than to
+    spoil, and all neurons learn faster (docs/sculpting.md has the numbers of both).
 
     Scores are best given as ranks in [0, 1] in their layer: a learning rate then moves as many neurons over the border
     of the mask, whatever they come from. What comes out is an average of the scores over the steps.
