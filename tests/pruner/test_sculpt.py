@@ -29,8 +29,8 @@ from masquerade_pruner import (
     sculpt,
 )
 from masquerade_pruner.estimate import estimate
-from masquerade_pruner.examples import read_examples
-from masquerade_pruner.mask_learning import top_k_mask
+from masquerade_pruner.examples import Example, read_examples
+from masquerade_pruner.mask_learning import MaskLearner, top_k_mask
 from masquerade_pruner.prior import Prior, SharedRecovery, prior_path, write_prior
 from masquerade_pruner.recovery import Recovery
 
@@ -230,7 +230,9 @@ def test_a_mask_is_pulled_towards_its_cast(
 def test_other_numbers_than_a_presets_learn_from_the_same_answers(
     recover_finished: Callable[..., SculptResult], finished: SculptResult, tmp_path: Path
 ) -> None:
-    numbers = replace(PRESETS["smoke"], cast_pull=0.0, learning_rate=0.05, num_test_scenes=4, num_free_running=0)
+    numbers = replace(
+        PRESETS["smoke"], cast_pull=0.0, scratch_learning_rate=0.05, num_test_scenes=4, num_free_running=0
+    )
     stages: list[tuple[str, int]] = []
     result = recover_finished(
         tmp_path / "work", "none", numbers=numbers, progress=lambda news: stages.append((news.stage, news.completed))
@@ -238,7 +240,7 @@ def test_other_numbers_than_a_presets_learn_from_the_same_answers(
     assert {stage for stage, _ in stages} == {"answer", "learn", "evaluate"}
     assert ("answer", 1) not in stages  # none was asked for
     assert (result.settings["preset"], finished.settings["preset"]) == ("custom", "smoke")
-    assert result.settings["learning_rate"] == 0.05
+    assert result.settings["scratch_learning_rate"] == 0.05
     assert result.subnetwork.mask != finished.subnetwork.mask
     assert "free_running" in finished.report
     assert "free_running" not in result.report
@@ -272,6 +274,34 @@ def test_recovery_starts_from_the_priors(
     second = recover_finished(tmp_path / "second", "vectors", cache_dir=tmp_path, numbers=still)
     assert first.report["recovery"]["start"] != "prior"
     assert second.report["recovery"]["start"] == "prior"
+
+
+def test_from_a_prior_dropped_neurons_learn_alone_and_from_importances_all(
+    run_sculpt: Callable[..., SculptResult],
+    finished: SculptResult,
+    tiny_base: Base,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shape, kept = tiny_base.shape, finished.subnetwork.mask.kept
+    scores = torch.rand(shape.num_layers, shape.intermediate_size, generator=torch.Generator().manual_seed(1))
+    write_prior(prior_path(tiny_base, tmp_path), tiny_base, Prior({kept: scores}), "")
+    learned: list[tuple[bool, float]] = []
+
+    class Watched(MaskLearner):
+        def step(self, examples: Sequence[Example]) -> float:
+            loss = super().step(examples)
+            assert self.scores.grad is not None
+            stood_still = bool((self.scores.grad == 0).sum(dim=1).ge(kept).all())
+            learned.append((stood_still, self._learning_rate))
+            return loss
+
+    monkeypatch.setattr(sys.modules["masquerade_pruner.sculpt"], "MaskLearner", Watched)
+    for start in ("prior", "importance"):
+        numbers = replace(PRESETS["smoke"], start=start, steps=2)
+        run_sculpt(tmp_path / start, cache_dir=tmp_path, numbers=numbers)
+    settings = PRESETS["smoke"]
+    assert learned == [(True, settings.learning_rate)] * 2 + [(False, settings.scratch_learning_rate)] * 2
 
 
 def _jaccard(one: Mask, other: Mask) -> float:
@@ -416,7 +446,7 @@ class Rewriter:
             yield Reply(chat.id, text, "length" if len(self.asked) % 5 == 0 else "stop")
 
 
-BOLD = replace(PRESETS["smoke"], learning_rate=0.1)  # enough for six steps to show
+BOLD = replace(PRESETS["smoke"], scratch_learning_rate=0.1)  # enough for six steps to show
 
 
 @pytest.fixture(scope="session")
