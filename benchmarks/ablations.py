@@ -136,7 +136,7 @@ class Run:
             start,
             kept,
             steps=self.steps,
-            learning_rate=self.settings.learning_rate if from_prior else self.settings.scratch_learning_rate,
+            learning_rate=self.settings.rate(from_prior=from_prior),
             dropped_alone=variant.estimator == "straight-through"
             and (from_prior if variant.neurons == "usual" else variant.neurons == "dropped"),
             loss=variant.loss,

@@ -14,7 +14,6 @@ dense persona model is read on the test split; the strongest baseline of each co
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from machine import machine
-from sculpts import Material, material, personas, sculpted, usual_workdir
+from sculpts import Material, examples_digest, mask_digest, material, personas, sculpted, usual_workdir
 from tables import header, percent, row
 
 from masquerade_engine.base import BUNDLED, load_base
@@ -86,7 +85,10 @@ class Comparison:
         self._build_model = model
         self._given = given
         self._folder = folder
-        self._identity = identity | {"examples": _digest(given), "num_calibration": num_calibration}
+        self._identity = identity | {
+            "examples": examples_digest(given.train, given.validation, given.test),
+            "num_calibration": num_calibration,
+        }
         self._num_calibration = num_calibration
         self._prior = prior
         self._recovery_steps = recovery_steps or {}
@@ -109,7 +111,7 @@ class Comparison:
 
     def _cell(self, method: str, seed: int, recovery: str) -> Figures:
         # Another learned mask leaves the other methods' figures as they are.
-        name = f"{method}-{_mask_digest(self._given.mask) if method == OURS else seed}"
+        name = f"{method}-{mask_digest(self._given.mask)[:12] if method == OURS else seed}"
         directory = self._directory(recovery)
         saved = directory.read_json(name)
         if saved is None:
@@ -182,16 +184,6 @@ class Comparison:
     @cached_property
     def _test(self) -> HeldOut:
         return HeldOut(self._model, self._given.test)
-
-
-def _digest(given: Material) -> str:
-    """sha256 of the examples of every split."""
-    every = [[(one.prompt, one.answer) for one in examples] for examples in (given.train, given.validation, given.test)]
-    return hashlib.sha256(repr(every).encode()).hexdigest()
-
-
-def _mask_digest(mask: torch.Tensor) -> str:
-    return hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:12]
 
 
 def main() -> None:

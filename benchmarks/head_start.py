@@ -91,7 +91,7 @@ class Race:
             start,
             self._kept,
             steps=options.steps,
-            learning_rate=settings.learning_rate if from_prior else settings.scratch_learning_rate,
+            learning_rate=settings.rate(from_prior=from_prior),
             dropped_alone=from_prior,
         )
         order = Epochs(self._given.train, settings.branches_per_step, 0)

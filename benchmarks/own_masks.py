@@ -11,7 +11,6 @@ Each figure is kept in the work directory, so an interrupted run goes on where i
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from machine import machine
-from sculpts import material, personas, sculpted, usual_workdir
+from sculpts import examples_digest, mask_digest, material, personas, sculpted, usual_workdir
 from tables import header, percent, row
 
 from masquerade_engine.base import BUNDLED, Base, load_base
@@ -73,9 +72,9 @@ def measured(base: Base, specs: Sequence[SculptSpec], workdir: Path) -> Cast:
     kl = {}
     for name, one in found.items():
         held_out = None
-        asked = hashlib.sha256(repr([(each.prompt, each.answer) for each in one.test]).encode()).hexdigest()
+        asked = examples_digest(one.test)
         for whose, mask in masks.items():
-            digest = hashlib.sha256(mask.numpy().tobytes()).hexdigest()
+            digest = mask_digest(mask)
             cell = Workdir(workdir / f"{name}-{sparsity}" / "own" / digest[:12], {"mask": digest, "test": asked})
             saved = cell.read_json("kl")
             if saved is None:

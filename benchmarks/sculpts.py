@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import tempfile
@@ -74,6 +75,16 @@ def material(result: SculptResult) -> Material:
     held_out = {name: read_examples(result.examples_path.with_name(f"{name}.jsonl")) for name in ("validation", "test")}
     mask = torch.from_numpy(result.subnetwork.mask.to_dense()).float()
     return Material(read_examples(result.examples_path), **held_out, mask=mask)
+
+
+def examples_digest(*splits: Sequence[Example]) -> str:
+    """sha256 of the tokens of one split's examples, or of several."""
+    return hashlib.sha256(repr([[(one.prompt, one.answer) for one in split] for split in splits]).encode()).hexdigest()
+
+
+def mask_digest(mask: torch.Tensor) -> str:
+    """sha256 of a dense mask, `[layers, intermediate]` fp32."""
+    return hashlib.sha256(mask.numpy().tobytes()).hexdigest()
 
 
 def _show(name: str) -> Callable[[Progress], None]:

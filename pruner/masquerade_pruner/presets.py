@@ -55,6 +55,10 @@ class SculptSettings:
         """Training branches over the whole run."""
         return self.steps * self.branches_per_step
 
+    def rate(self, *, from_prior: bool) -> float:
+        """The learning rate of scores that start from a prior, or from importances."""
+        return self.learning_rate if from_prior else self.scratch_learning_rate
+
 
 PRESETS: dict[str, SculptSettings] = {
     "smoke": SculptSettings(

@@ -431,7 +431,7 @@ class _Sculptor:
             scores[0],
             self.kept,
             steps=settings.steps,
-            learning_rate=settings.scratch_learning_rate if self.prior is None else settings.learning_rate,
+            learning_rate=settings.rate(from_prior=self.prior is not None),
             loss=settings.loss,
             question_share=settings.question_share,
             dropped_alone=self.prior is not None,

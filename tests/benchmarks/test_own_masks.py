@@ -54,7 +54,7 @@ def test_every_mask_meets_every_personas_questions_once(
     questions.write_text(json.dumps(rows), "utf-8")
     numbers = replace(
         PRESETS["smoke"],
-        steps=3,
+        steps=8,
         learning_rate=0.5,
         answer_tokens=6,
         num_validation=4,
@@ -65,7 +65,9 @@ def test_every_mask_meets_every_personas_questions_once(
     people = [("wyn", "Wyn", "You row a ferry."), ("hob", "Hob", "You grind corn and SHOUT.")]
     specs = [SculptSpec(*one, sparsity=0.5, numbers=numbers, instructions=questions) for one in people]
     kept = round_kept(base.shape.intermediate_size, 0.5)
-    scores = torch.rand((base.shape.num_layers, base.shape.intermediate_size))
+    scores = torch.rand(
+        (base.shape.num_layers, base.shape.intermediate_size), generator=torch.Generator().manual_seed(0)
+    )
     (tmp_path / "cache" / "priors").mkdir(parents=True)
     write_prior(prior_path(base, tmp_path / "cache"), base, Prior({kept: scores}), "{}")
     cast = measured(base, specs, tmp_path)
