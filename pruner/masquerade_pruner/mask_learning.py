@@ -112,7 +112,7 @@ class DampedAdam(torch.optim.Optimizer):
     Adam moves every score by about the learning rate, however little the loss depends on it, and most of a mask's
     border is such scores: one batch's noise shuffles them. Steps as large as gradients throw out neurons that matter.
     Here a score that matters less than most moves by the size of its gradient, and none by more than the learning rate
-    (docs/sculpting.md has what that is worth).
+    (docs/findings.md has what that is worth).
     """
 
     def __init__(self, params: Iterable[torch.Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.98)) -> None:
@@ -144,7 +144,7 @@ class MaskLearner:
     of the lowest scores, which stand still. A dropped neuron's gradient says what a little of it would do, and so would
     all of it. A kept one's says what a little less would do, and losing it whole is another matter: many of those that
     a mask depends on most would be better at 0.9 and ruin it at 0. From a poor start there is more to gain than to
-    spoil, and all neurons learn faster (docs/sculpting.md has the numbers of both).
+    spoil, and all neurons learn faster (docs/findings.md has the numbers of both).
 
     Scores are best given as ranks in [0, 1] in their layer: a learning rate then moves as many neurons over the border
     of the mask, whatever they come from. What comes out is an average of the scores over the steps.
