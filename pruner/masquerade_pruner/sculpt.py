@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from masquerade_engine.kv_cache import KVGeometry, slots_are_lazy
 from masquerade_engine.prompt import persona_system_prompt, prompt_sha256
 from masquerade_engine.requests import PersonaFunction
 from masquerade_engine.settings import EngineSettings
-from masquerade_masks import Attached, InsufficientMemory, Mask, SettingError, SubNetwork, TeacherError, round_kept
+from masquerade_masks import Attached, InsufficientMemory, Mask, SettingError, SubNetwork, round_kept
 from masquerade_pruner import evaluation, synthesis
+from masquerade_pruner.answering import Answered, Answering, Selected
 from masquerade_pruner.changes import Change
 from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.estimate import describe, plan_for
@@ -40,10 +41,7 @@ from masquerade_pruner.teacher import SelfTeacher, Teacher
 from masquerade_pruner.tree import Forward, masked
 from masquerade_pruner.workdir import Workdir
 
-SAVE_ANSWERS_EVERY = 64  # answers between two checkpoints of the answer stage
 SAVE_STEPS_EVERY = 10  # learning steps between two checkpoints
-
-Scored = tuple[Instruction, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,21 +56,6 @@ class SculptResult:
     report: dict[str, Any]
     examples_path: Path  # JSONL: the training examples with their sensitivity
     seconds: dict[str, float]  # by stage
-
-
-@dataclass(frozen=True, slots=True)
-class _Selected:
-    train: list[Scored]
-    validation: list[Scored]
-    test: list[Scored]
-
-
-@dataclass(frozen=True, slots=True)
-class _Answered:
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-    test_scenes: list[Example]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +143,15 @@ class _Sculptor:
         self.plan = self._planned(execution)
         shares = {stage: share for stage, share in STAGES.items() if stage != "recover" or spec.recovery != "none"}
         self.reporter = Reporter(progress, cancelled, self._add_seconds, shares)
-        self.tally = synthesis.Tally(self.answers.read_json("dropped"))
+        self.answering = Answering(
+            base,
+            self.system_prompt,
+            self.answering_teacher,
+            self.settings,
+            spec.seed,
+            self.answers,
+            self.reporter,
+        )
         self._engine: Engine | None = None
 
     def _planned(self, execution: Execution) -> Plan:
@@ -241,7 +232,7 @@ class _Sculptor:
 
     # 1. select
 
-    def select(self) -> _Selected:
+    def select(self) -> Selected:
         """The training questions that bring the persona out, and the held-out ones with their scores."""
         settings, sets = self.settings, self.instructions
         held_out = {
@@ -259,7 +250,7 @@ class _Sculptor:
             keep_fraction=settings.keep_fraction,
             topic_cap=settings.topic_cap,
         )
-        return _Selected(train, *([(one, scores[one.id]) for one in held_out[name]] for name in held_out))
+        return Selected(train, *([(one, scores[one.id]) for one in held_out[name]] for name in held_out))
 
     def _score(self, questions: Sequence[Instruction]) -> dict[str, float]:
         references = reference_pass(
@@ -280,108 +271,13 @@ class _Sculptor:
 
     # 2. answer
 
-    def answer(self, selected: _Selected) -> _Answered:
+    def answer(self, selected: Selected) -> Answered:
         """Every question answered in the persona's voice by the teacher."""
-        settings, seed = self.settings, self.spec.seed
-        train = synthesis.plan_training(selected.train, self._samples(selected), settings.context_share, seed)
-        plans = {
-            "validation": synthesis.plan_held_out(selected.validation, seed),
-            "test": synthesis.plan_held_out(selected.test, seed),
-            "test_scenes": synthesis.plan_scenes(spread(selected.test, settings.num_test_scenes), seed),
-        }
-        first, second = synthesis.needs_turns(train[: settings.branches])
-        total = len(first) + len(second) + sum(map(len, plans.values()))
-        with self.reporter.stage("answer"):
-            done = 0
-            plain = self._answered("train_plain", first, (), done, total)
-            done += len(first)
-            turned = self._answered("train_turns", second, plain, done, total)
-            done += len(second)
-            held_out: dict[str, list[Example]] = {}
-            for name, planned in plans.items():
-                held_out[name] = self._answered(name, planned, (), done, total)
-                done += len(planned)
-        examples = [*plain, *turned]
-        answered = _Answered(examples, **held_out)
-        self._check_answers(answered)
-        self.answers.write_examples("examples", examples)
-        return answered
-
-    def _samples(self, selected: _Selected) -> int:
-        """Answers a question: no more than the steps can look at once."""
-        needed = -(-self.settings.branches // max(1, len(selected.train)))
-        return min(self.settings.samples_per_question, needed)
-
-    def _answered(
-        self,
-        name: str,
-        planned: Sequence[synthesis.Planned],
-        earlier: Sequence[Example],
-        done: int,
-        total: int,
-    ) -> list[Example]:
-        """Answers saved before, and the rest now; saved every so often, in the order of the plan at the end."""
-        examples = {one.id: one for one in self.answers.read_examples(name)}
-        for one in examples.values():
-            self.tally.keep(one)
-        missing = [one for one in planned if one.id not in examples and one.id not in self.tally.dropped]
-        asked = len(planned) - len(missing)
-
-        def judged() -> None:
-            nonlocal asked
-            asked += 1
-            if asked % SAVE_ANSWERS_EVERY == 0:
-                self._save_answers(name, examples)
-            self.reporter.at(
-                done + asked, total, message="answering in the persona's voice", dropped=len(self.tally.dropped)
-            )
-
-        def keep(example: Example) -> None:
-            examples[example.id] = example
-            self.tally.keep(example)
-            judged()
-
-        def drop(planned_id: str, reason: str) -> None:
-            self.tally.drop(planned_id, reason)
-            if self.tally.hopeless:
-                self._give_up(self.tally.complaint())
-            judged()
-
-        if missing:
-            synthesis.answer(
-                missing,
-                base=self.base,
-                system_prompt=self.system_prompt,
-                teacher=self.answering_teacher(),
-                max_tokens=self.settings.answer_tokens,
-                earlier=earlier,
-                on_example=keep,
-                on_dropped=drop,
-            )
-            self._save_answers(name, examples)
-        return [examples[one.id] for one in planned if one.id in examples]
-
-    def _save_answers(self, name: str, examples: Mapping[str, Example]) -> None:
-        self.answers.write_examples(name, list(examples.values()))
-        if self.tally.dropped:
-            self.answers.write_json("dropped", self.tally.dropped)
-
-    def _check_answers(self, answered: _Answered) -> None:
-        """Raise `TeacherError` where nothing can be learned from what was answered."""
-        if self.tally.mostly_dropped:
-            self._give_up(self.tally.complaint())
-        for split in ("train", "validation", "test"):
-            if not getattr(answered, split):
-                self._give_up(f"none of the teacher's answers to the {split} questions can be used")
-
-    def _give_up(self, complaint: str) -> NoReturn:
-        """Fail for the teacher's answers; a later attempt asks anew for those that were dropped."""
-        self.answers.write_json("dropped", {})
-        raise TeacherError(complaint)
+        return self.answering.run(selected)
 
     # 3. learn
 
-    def learn(self, answered: _Answered, cast: Sequence[Mask] = ()) -> _Learned:
+    def learn(self, answered: Answered, cast: Sequence[Mask] = ()) -> _Learned:
         """Straight-through steps from the prior's scores; the mask that is best on validation is kept."""
         saved = self.learning.read_tensors("learned")
         history = self.learning.read_json("history")
@@ -399,7 +295,7 @@ class _Sculptor:
         baselines = {name: top_k_mask(saved[name], self.kept) for name in ("wanda", "fisher")}
         return _Learned(saved["best"], baselines, history[f"baseline_{self.measure}"], history)
 
-    def _importances(self, answered: _Answered) -> dict[str, torch.Tensor]:
+    def _importances(self, answered: Answered) -> dict[str, torch.Tensor]:
         saved = self.learning.read_tensors("importance")
         if saved is None:
             few = answered.train[: self.settings.num_importance]
@@ -420,7 +316,7 @@ class _Sculptor:
 
     def _learn_scores(
         self,
-        answered: _Answered,
+        answered: Answered,
         importances: dict[str, torch.Tensor],
         held_out: HeldOut,
         scores: tuple[torch.Tensor, torch.Tensor],  # the first ones, and what pulls on them
@@ -501,7 +397,7 @@ class _Sculptor:
 
     # 4. recover
 
-    def recover(self, answered: _Answered, learned: _Learned) -> Recovered:
+    def recover(self, answered: Answered, learned: _Learned) -> Recovered:
         """What the spec asks for on top of the frozen mask, best on validation; the mask by itself for `none`."""
         if self.spec.recovery == "none":
             return Recovered("none", Change.of_mask(self.model, learned.mask), {})
@@ -536,7 +432,7 @@ class _Sculptor:
 
     # 5. evaluate
 
-    def evaluate(self, answered: _Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
+    def evaluate(self, answered: Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
         """The fidelity report, on the test split."""
         report = self.recovering.read_json("report")
         if report is None:
@@ -545,7 +441,7 @@ class _Sculptor:
                 self.recovering.write_json("report", report)
         return {**report, "seconds": self.seconds()}
 
-    def _report(self, answered: _Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
+    def _report(self, answered: Answered, learned: _Learned, recovered: Recovered) -> dict[str, Any]:
         strongest = evaluation.strongest_baseline(learned.on_validation)
         contexts, dense_nll = self._fidelity(answered, learned, recovered, strongest)
         self.reporter.at(3, 5, message="free-running answers")
@@ -558,7 +454,7 @@ class _Sculptor:
             "kept": self.kept,
             "intermediate_size": self.base.shape.intermediate_size,
             **{name: self.metadata[name] for name in ("teacher", "teacher_model") if name in self.metadata},
-            "synthesis": self.tally.as_dict(),
+            "synthesis": self.answering.tally.as_dict(),
             "measure": self.measure,
             "baselines": list(learned.baselines),
             "strongest_baseline": strongest,
@@ -569,7 +465,7 @@ class _Sculptor:
         }
 
     def _fidelity(
-        self, answered: _Answered, learned: _Learned, recovered: Recovered, strongest: str
+        self, answered: Answered, learned: _Learned, recovered: Recovered, strongest: str
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """The comparison by kind of context, and the dense model's NLL of its own test answers.
 
@@ -589,7 +485,7 @@ class _Sculptor:
         return contexts, one_turn.dense_nll()
 
     def _free_running(
-        self, answered: _Answered, recovered: Recovered, dense_nll: torch.Tensor
+        self, answered: Answered, recovered: Recovered, dense_nll: torch.Tensor
     ) -> evaluation.FreeRunning:
         places = spread(range(len(answered.test)), self.settings.num_free_running)
         chosen = [answered.test[place] for place in places]
