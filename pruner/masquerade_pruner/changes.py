@@ -126,6 +126,18 @@ def _spread(compact: torch.Tensor, kept: torch.Tensor, intermediate_size: int, *
     return compact.new_zeros(shape).index_copy_(axis, kept, compact)
 
 
+def merged_weights(change: Change) -> dict[str, torch.Tensor]:
+    """Own weights, fp32, that do what gains and low-rank updates do; they cannot do what a bias does."""
+    merged = {}
+    for name, weight in kept_weights(change).items():
+        projection = name.removesuffix(".weight")
+        down, up = (change.tensors[f"{projection}.{factor}"].float() for factor in ("lora_A", "lora_B"))
+        merged[name] = weight.float() + change.lora_scale * up @ down
+    if "gain" in change.tensors:
+        merged["down_proj.weight"] *= change.tensors["gain"].float()[:, None, :]
+    return merged
+
+
 def counted(name: str, tensor: torch.Tensor) -> int | None:
     """How many kept neurons a change's tensor of this name is of; None where it has no axis for them."""
     axis = _NEURON_AXES.get(name)

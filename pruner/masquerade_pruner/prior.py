@@ -45,7 +45,7 @@ class Prior:
 
         Scores of another number of neurons have no part in it.
         """
-        scores = str(_nearest(self.scores, kept))
+        scores, kind = str(_nearest(self.scores, kept)), _shared_kind(kind)
         known = [number for number, of_kind in self.recoveries if of_kind == kind]
         shared = f"{_nearest(known, kept)}/{kind}/" if known else None
         held = hashlib.sha256()
@@ -69,14 +69,20 @@ class Prior:
     def recovery(self, kind: str, kept: torch.Tensor) -> dict[str, torch.Tensor] | None:
         """A recovery of this kind for the mask that keeps these neurons, `[layers, kept]`; None where none is known.
 
-        Of those learned it is the one for the nearest number of neurons; what it has not seen has no part in it.
+        For `full` it is that of `lora`, which own weights can take up. Of those learned it is the one for the nearest
+        number of neurons; what it has not seen has no part in it.
         """
+        kind = _shared_kind(kind)
         known = [number for number, of_kind in self.recoveries if of_kind == kind]
         if not known:
             return None
         shared = self.recoveries[_nearest(known, kept.shape[1]), kind]
         num_neurons = next(iter(self.scores.values())).shape[1]
         return moved(shared.tensors, shared.kept, kept.cpu(), num_neurons)
+
+
+def _shared_kind(kind: str) -> str:
+    return "lora" if kind == "full" else kind
 
 
 def _nearest(known: Iterable[int], kept: int) -> int:

@@ -30,21 +30,22 @@ _DOWN = "down_proj.weight"
 
 @torch.no_grad()
 def reconstructed(
-    bare: Change,
+    change: Change,
     examples: Sequence[Example],
     *,
     ridge: float,
     on_layer: Callable[[int], None] = lambda done: None,
 ) -> torch.Tensor:
-    """A bare mask's own down projection, fp32 `[layers, hidden, kept]`, solved for over the examples' tokens.
+    """A change's own down projection, fp32 `[layers, hidden, kept]`, solved for over the examples' tokens.
 
-    `ridge` weighs the distance from the base's weights, in units of a layer's mean squared activation; large values
-    stay near the base. Of all tokens two residual streams and a layer's activations are held. `on_layer` gets the
+    `ridge` weighs the distance from the one it has, or the base's, in units of a layer's mean squared activation; large
+    values stay near that. Of all tokens two residual streams and a layer's activations are held. `on_layer` gets the
     layers done, and may raise to stop.
     """
     batches = [examples[at : at + BATCH] for at in range(0, len(examples), BATCH)]
-    down = kept_weights(bare)[_DOWN].to(torch.float32)
-    change = replace(bare, tensors={_DOWN: down})
+    own = {**kept_weights(change), **change.tensors}
+    down = own[_DOWN].to(torch.float32, copy=True)
+    change = replace(change, tensors={**change.tensors, _DOWN: down})
     passes = [_Pass(change, batch, prompt_share=1 / len(batches)) for batch in batches]
     for layer in range(len(down)):
         moments = _Moments(down[layer])

@@ -9,7 +9,7 @@ how it was found.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol, get_args
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from masquerade_engine.seams import persona_ffns
-from masquerade_pruner.changes import Change, full_tensors, kept_weights, lora_tensors
+from masquerade_pruner.changes import Change, full_tensors, kept_weights, lora_tensors, merged_weights
 from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.examples import Example
 from masquerade_pruner.mask_learning import Loss, answer_loss, plant_examples, plant_micro_batches, warm_cosine
@@ -31,6 +31,7 @@ Start = Literal["mask", "means", "prior", "reconstruction"]
 
 SAVE_EVERY = 8  # steps between two checkpoints
 _CHECKPOINT = "recovery"
+_DOWN = "down_proj.weight"
 _STARTS: tuple[Start, ...] = get_args(Start)
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -120,7 +121,8 @@ def recover(
 
     It starts at what is best on validation by itself (the history's `start`): `mask`, nothing added; `means`, biases of
     the dropped neurons' mean contribution, with which a mask that was learned without them can be worse; `prior`, the
-    prior's recovery of this kind; `reconstruction`, own weights in closed form.
+    prior's recovery of this kind, or own weights that have taken up its low-rank updates; `reconstruction`, own weights
+    in closed form, from the prior's where these are better.
 
     With a `workdir` it goes on from the last checkpoint there and ends the same, bit for bit; `on_step` gets the steps
     done and the last one's loss, `on_layer` the layers reconstructed before the first step, and both may raise to stop.
@@ -140,11 +142,14 @@ def recover(
     )
     if saved is None:
         search = _Search(bare, validation(bare.forward))
-        start = _start(kind, bare, settings, seed)
-        for name, candidate in _other_starts(kind, start, train, settings, prior, on_layer):
-            if search.consider(0, run(candidate).change(), validation):
-                start, search.start = candidate, name
-        learner = run(start)
+        plain = _start(kind, bare, settings, seed)
+
+        def is_better(name: Start, candidate: Change) -> bool:
+            better = search.consider(0, run(candidate).change(), validation)
+            search.start = name if better else search.start
+            return better
+
+        learner = run(_best_start(plain, train, settings, _shared(kind, plain, prior), is_better, on_layer))
         if workdir is not None:
             workdir.write_tensors(_CHECKPOINT, learner.state() | search.state())
     else:
@@ -315,28 +320,43 @@ def _start(kind: Recovery, bare: Change, settings: RecoverySettings, seed: int) 
     return replace(bare, tensors=tensors)
 
 
-def _other_starts(
-    kind: Recovery,
+def _best_start(
     plain: Change,
     train: Sequence[Example],
     settings: RecoverySettings,
-    prior: Prior | None,
+    shared: Change | None,
+    is_better: Callable[[Start, Change], bool],  # than all before it
     on_layer: Callable[[int], None],
-) -> Iterator[tuple[Start, Change]]:
+) -> Change:
+    best = plain
     if "bias" in plain.tensors:
         means = dropped_means(plain, train[: settings.num_means])
-        yield "means", replace(plain, tensors={**plain.tensors, "bias": means})
-    if kind == "full":
+        candidate = replace(plain, tensors={**plain.tensors, "bias": means})
+        best = candidate if is_better("means", candidate) else best
+    if shared is not None:
+        best = shared if is_better("prior", shared) else best
+    if _DOWN in plain.tensors:
         few = _spread(train, settings.num_reconstructed)
-        down = reconstructed(replace(plain, tensors={}), few, ridge=settings.ridge, on_layer=on_layer)
+        down = reconstructed(best, few, ridge=settings.ridge, on_layer=on_layer)
         # All the way there follows the examples too closely.
-        down = torch.lerp(plain.tensors["down_proj.weight"].float(), down, settings.solved_share)
-        yield "reconstruction", replace(plain, tensors={**plain.tensors, "down_proj.weight": down})
-    shared = None if prior is None else prior.recovery(kind, plain.kept)
-    # Of another rank, or without the biases that are wanted, it is no start of this recovery.
-    if shared and {name: one.shape for name, one in shared.items()} == _shapes(plain):
-        device = plain.kept.device
-        yield "prior", replace(plain, tensors={name: one.to(device).float() for name, one in shared.items()})
+        down = torch.lerp(best.tensors[_DOWN].float(), down, settings.solved_share)
+        candidate = replace(best, tensors={**best.tensors, _DOWN: down})
+        best = candidate if is_better("reconstruction", candidate) else best
+    return best
+
+
+def _shared(kind: Recovery, plain: Change, prior: Prior | None) -> Change | None:
+    """The prior's recovery for these neurons, as weights where it is own weights that are trained.
+
+    None where there is none, or of another rank, or without the biases that are wanted.
+    """
+    known = None if prior is None else prior.recovery(kind, plain.kept)
+    if not known:
+        return None
+    change = replace(plain, tensors={name: one.to(plain.kept.device).float() for name, one in known.items()})
+    if kind == "full":
+        change = replace(change, tensors=merged_weights(change))
+    return change if _shapes(change) == _shapes(plain) else None
 
 
 def _spread(examples: Sequence[Example], most: int) -> list[Example]:

@@ -208,6 +208,7 @@ def test_a_recovery_is_learned_on_top_of_the_priors_masks(
         assert all(torch.equal(start[name], one) for name, one in shared.tensors.items())
         assert recovered.digest(kept) == first.digest(kept)
         assert recovered.digest(kept, kind) != first.digest(kept, kind)
+        assert (recovered.digest(kept, "full") == recovered.digest(kept)) == (kind == "vectors")
     again = learn_recovery(tiny_base, tmp_path / "again.safetensors", kind, recovered)
     assert all(again.digest(kept, kind) != recovered.digest(kept, kind) for kept in first.scores)
 

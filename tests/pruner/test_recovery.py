@@ -14,7 +14,7 @@ import torch
 
 from masquerade_engine.base import Base
 from masquerade_engine.reference import reference_logits
-from masquerade_pruner.changes import Change, kept_weights
+from masquerade_pruner.changes import Change, kept_weights, merged_weights
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.mask_learning import top_k_mask
@@ -141,6 +141,33 @@ def test_it_starts_from_the_prior_where_that_is_better_and_fits(
     wild = {name: 50 * one for name, one in first.change.tensors.items()}
     worse = Prior(scores, recoveries={(64, kind): SharedRecovery(first.change.kept, wild)})
     assert recover(tiny_model, mask, kind, examples, divergence, still, prior=worse).history["start"] != "prior"
+
+
+def test_own_weights_take_up_the_priors_low_rank_updates(
+    tiny_model: torch.nn.Module, make_examples: MakeExamples, mask: torch.Tensor, divergence: Callable[[Forward], float]
+) -> None:
+    examples = make_examples(12, seed=5)
+    first = recover(tiny_model, mask, "lora", examples, divergence, replace(SETTINGS, steps=30))
+    known = SharedRecovery(first.change.kept, first.change.tensors)
+    prior = Prior({64: torch.zeros(mask.shape)}, recoveries={(64, "lora"): known})
+    still = replace(SETTINGS, steps=1, full_learning_rate=1e-9)
+    found = recover(tiny_model, mask, "full", examples, divergence, still, prior=prior)
+    merged = merged_weights(first.change)
+    without_bias = {name: one for name, one in first.change.tensors.items() if name != "bias"}
+    of_prior = divergence(replace(first.change, tensors=without_bias).forward)
+    assert found.history["validation"][0] == [0, pytest.approx(of_prior, rel=1e-3)]
+    assert of_prior < found.history["unrecovered"]
+    for name in ("gate_proj.weight", "up_proj.weight"):
+        torch.testing.assert_close(found.change.tensors[name], merged[name])
+    solved = reconstructed(replace(first.change, tensors=merged), examples, ridge=still.ridge)
+    wanted = torch.lerp(merged["down_proj.weight"], solved, still.solved_share)
+    torch.testing.assert_close(found.change.tensors["down_proj.weight"], wanted)
+
+    wild = {name: 50 * one for name, one in first.change.tensors.items()}
+    worse = Prior(prior.scores, recoveries={(64, "lora"): SharedRecovery(first.change.kept, wild)})
+    apart = recover(tiny_model, mask, "full", examples, divergence, still, prior=worse)
+    alone = recover(tiny_model, mask, "full", examples, divergence, still)
+    assert apart.history["validation"][-1] == alone.history["validation"][-1]
 
 
 def test_own_weights_are_stored_in_the_bases_type(tiny_base: Base, mask: torch.Tensor) -> None:
