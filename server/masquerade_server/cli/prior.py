@@ -50,7 +50,7 @@ def prior(
     masquerade prior --model ./Llama-3.2-1B-Instruct       once, before its first sculpt
     masquerade prior --sparsity 0.35 --steps 400
     masquerade prior --sparsity 0.25 --blend 0.4           one more round, from elsewhere
-    masquerade prior --recovery lora                       then, for sculpts with --recovery lora
+    masquerade prior --recovery lora                       then, for sculpts with --recovery lora or full
 
     Twelve reference personas answer the instruction set, and one mask is learned for all of them. Sculpts then need
     fewer steps, and their masks overlap. The bundled model's prior ships. Where the base has one, that is learned
