@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from running_server import RunningServer, stream_chunks, stream_events, wait_until
@@ -384,12 +385,21 @@ def test_many_at_once_of_many_personas(town: RunningServer) -> None:
 
 def test_the_log_has_a_line_a_request(town: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="masquerade.http"):
-        town.chat("mira", max_tokens=2, ignore_eos=True)
-        town.client.get("/healthz")
-        town.client.get("/nowhere%0Aforged")
-        wait_until(lambda: len(caplog.messages) >= 2, "the lines")
-    chat, nowhere = caplog.messages
-    assert chat.startswith("POST /v1/chat/completions 200 ")
-    assert " mira v2-" in chat
-    assert chat.endswith("+2 tokens")
-    assert nowhere.startswith("GET /nowhere\\nforged 404 ")
+        answers = [
+            town.chat("mira", max_tokens=2, ignore_eos=True),
+            town.client.get("/healthz"),
+            town.client.get("/nowhere%0Aforged"),
+        ]
+
+        def lines(answer: httpx.Response) -> list[str]:
+            """Lines follow their answers, so there may be some of the test before."""
+            return [one for one in caplog.messages if answer.headers["x-request-id"] in one]
+
+        wait_until(lambda: bool(lines(answers[0]) and lines(answers[2])), "the lines")
+    chat, health, nowhere = map(lines, answers)
+    assert chat[0].startswith("POST /v1/chat/completions 200 ")
+    assert " mira v2-" in chat[0]
+    assert chat[0].endswith("+2 tokens")
+    assert health == []
+    assert nowhere[0].startswith("GET /nowhere\\nforged 404 ")
+    assert len(chat) == len(nowhere) == 1
