@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from masquerade_kernels.divergence import divergence, divergence_and_gradient
+
 ROWS = 128  # rows of logits at a time: 128 x 49152 fp32 is 25 MB, which glibc recycles instead of mapping anew
 
 
@@ -33,12 +35,10 @@ def chunked_kl(
     with torch.no_grad():
         for start in range(0, student.shape[0], ROWS):
             rows = slice(start, start + ROWS)
-            target = F.linear(teacher[rows], head).float().log_softmax(-1)
-            predicted = F.linear(student[rows], head).float().log_softmax(-1)
-            probabilities = target.exp()
-            total += ((probabilities * (target - predicted)).sum(-1) * weights[rows]).sum()
-            difference = predicted.exp_().sub_(probabilities).mul_(weights[rows, None])
-            grad[rows] = difference.to(head.dtype) @ head
+            target, predicted = F.linear(teacher[rows], head), F.linear(student[rows], head)
+            kl, of_predicted = divergence_and_gradient(target, predicted, weights[rows])
+            total += (kl * weights[rows]).sum()
+            grad[rows] = of_predicted @ head
     loss: torch.Tensor = _Precomputed.apply(student, total, grad)  # type: ignore[no-untyped-call]
     return loss
 
@@ -69,9 +69,8 @@ def token_kl(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor) -
     divergences, agreements = [], []
     for start in range(0, student.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        target = F.linear(teacher[rows], head).float().log_softmax(-1)
-        predicted = F.linear(student[rows], head).float().log_softmax(-1)
-        divergences.append((target.exp() * (target - predicted)).sum(-1))
+        target, predicted = F.linear(teacher[rows], head), F.linear(student[rows], head)
+        divergences.append(divergence(target, predicted))
         agreements.append(target.argmax(-1) == predicted.argmax(-1))
     return torch.cat(divergences), torch.cat(agreements)
 
