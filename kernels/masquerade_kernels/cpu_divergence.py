@@ -27,17 +27,19 @@ def _divergence(dtype: DTypeLike) -> Loop:
         num_rows: int,
         vocabulary: int,
         target_at: int,
-        predicted_at: int,
+        predicted_at: int,  # the gradient takes their place
         tops_at: int,  # float32 [2, num_rows]: the highest of each row of both
         kl_at: int,  # float32 [num_rows]
+        places_at: int,  # int32 [2, num_rows]: where these are, the first of several; written without weights
         weights_at: int,  # float32 [num_rows], or 0
     ) -> None:
-        """KL(target ‖ predicted); under weights, weight · (softmax(predicted) - softmax(target)) over the predicted."""
+        """KL(target ‖ predicted) of each row; under weights also w · (softmax(predicted) - softmax(target))."""
         targets = carray(pointer(target_at), (num_rows, vocabulary), dtype)
         predictions = carray(pointer(predicted_at), (num_rows, vocabulary), dtype)
         tops = carray(pointer(tops_at), (2, num_rows), np.float32)
         # Of two dimensions: on several threads numba 0.68 loses what is written to a 1-d array by the loop's index.
         kl = carray(pointer(kl_at), (num_rows, 1), np.float32)
+        places = carray(pointer(places_at), (2, num_rows), np.int32)
         weights = carray(pointer(weights_at), (num_rows,), np.float32)
         for i in prange(num_rows):
             target_top, predicted_top = tops[0, i], tops[1, i]
@@ -49,7 +51,16 @@ def _divergence(dtype: DTypeLike) -> Loop:
                 of_predicted += exp(given)
                 between += share * (wanted - given)
             kl[i, 0] = between / of_target + np.log(of_predicted / of_target)
-            if weights_at != 0:
+            if weights_at == 0:
+                place = 0
+                while place < vocabulary - 1 and load(targets[i, place]) != target_top:
+                    place += 1
+                places[0, i] = place
+                place = 0
+                while place < vocabulary - 1 and load(predictions[i, place]) != predicted_top:
+                    place += 1
+                places[1, i] = place
+            else:
                 target_scale, predicted_scale = weights[i] / of_target, weights[i] / of_predicted
                 for d in range(vocabulary):
                     likely = exp(load(predictions[i, d]) - predicted_top) * predicted_scale

@@ -69,9 +69,9 @@ def token_kl(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor) -
     divergences, agreements = [], []
     for start in range(0, student.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        target, predicted = F.linear(teacher[rows], head), F.linear(student[rows], head)
-        divergences.append(divergence(target, predicted))
-        agreements.append(target.argmax(-1) == predicted.argmax(-1))
+        kl, agree = divergence(F.linear(teacher[rows], head), F.linear(student[rows], head))
+        divergences.append(kl)
+        agreements.append(agree)
     return torch.cat(divergences), torch.cat(agreements)
 
 
