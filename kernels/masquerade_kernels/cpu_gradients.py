@@ -33,6 +33,13 @@ def gradient_loops(bits: int, num_threads: int) -> GradientLoops:
     return GradientLoops(*over_rows((_norm_backward, _gated, _gated_backward), bits, num_threads))
 
 
+@functools.cache
+def attention_backward_loop(num_threads: int) -> Loop:
+    """For bf16 alone: in float32 torch's own backward pass is the faster one. Arguments as at its namesake below."""
+    (loop,) = over_rows((_attention_backward,), 16, num_threads)
+    return loop
+
+
 def _norm_backward(dtype: DTypeLike) -> Loop:
     def norm_backward(
         num_rows: int, hidden: int, x_at: int, weight_at: int, eps: float, gradient_at: int, out_at: int
@@ -108,3 +115,41 @@ def _gated_backward(dtype: DTypeLike) -> Loop:
                     up_gradients[i, d] = stored_as(weighed * activated, up_gradients[i, d])
 
     return gated_backward
+
+
+def _attention_backward(dtype: DTypeLike) -> Loop:
+    def attention_backward(
+        num_rows: int,  # batch * heads * length
+        heads: int,
+        length: int,
+        keys: int,
+        head_dim: int,
+        bias_at: int,  # [batch, length, keys]
+        log_sums_at: int,  # float32 [num_rows]: log of the sum of the exponentials
+        out_at: int,  # [num_rows, head_dim]
+        gradient_at: int,  # of that
+        scores_at: int,  # [num_rows, keys], without scale and bias; the probabilities take their place
+        gradients_at: int,  # [num_rows, keys], of the probabilities; those of the scores take their place
+        scale: float,
+    ) -> None:
+        """What lies between attention's matrix products on the way back (Dao et al., arXiv 2205.14135, algorithm 4)."""
+        biases = carray(pointer(bias_at), (num_rows // heads, keys), dtype)
+        log_sums = carray(pointer(log_sums_at), (num_rows,), np.float32)
+        out = carray(pointer(out_at), (num_rows, head_dim), dtype)
+        gradient = carray(pointer(gradient_at), (num_rows, head_dim), dtype)
+        scores = carray(pointer(scores_at), (num_rows, keys), dtype)
+        gradients = carray(pointer(gradients_at), (num_rows, keys), dtype)
+        for i in prange(num_rows):
+            along = np.float32(0.0)
+            for d in range(head_dim):
+                along += load(out[i, d]) * load(gradient[i, d])
+            at = i // (heads * length) * length + i % length
+            for d in range(keys):
+                logarithm = load(scores[i, d]) * np.float32(scale) + load(biases[at, d]) - log_sums[i]
+                # Denormal numbers would be slow here, and slower in the products.
+                likely = exp(logarithm) if logarithm > np.float32(-60.0) else np.float32(0.0)
+                value = likely * (load(gradients[i, d]) - along) * np.float32(scale)
+                scores[i, d] = stored_as(likely, scores[i, d])
+                gradients[i, d] = stored_as(value, gradients[i, d])
+
+    return attention_backward

@@ -1,7 +1,7 @@
-"""The persona FFN's activation and the RMS norm with gradients: what learning runs between two linear layers.
+"""The persona FFN's activation, the RMS norm and attention with gradients: what learning runs between linear layers.
 
 A compiled loop each way on the CPU in bf16 and float32, plain torch elsewhere. Sums and products are float32 and
-rounded once; weights of norms are frozen and get no gradient.
+rounded once; weights of norms are frozen and get no gradient. Of attention only the way back in bf16 is ours.
 """
 
 from __future__ import annotations
@@ -34,6 +34,24 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     # As transformers' LlamaRMSNorm: rounded before the weight as well.
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def attention(
+    query: torch.Tensor,  # [batch, heads, length, head_dim]
+    key: torch.Tensor,  # [batch, heads, keys, head_dim]
+    value: torch.Tensor,
+    bias: torch.Tensor,  # [batch, 1, length, keys], added to the scores; no row is all -inf
+    scale: float,
+) -> torch.Tensor:
+    """`softmax(scale * query @ key.T + bias) @ value`.
+
+    In bf16 on the CPU torch's own backward pass took 39 ms (one thread, 48 heads of 318 x 276) where products and a
+    loop take 16. Their gradients are within 0.5 % of the exact ones, as scores are bf16; torch's within 0.4 %.
+    """
+    if query.device.type == "cpu" and query.dtype is torch.bfloat16 and torch.is_grad_enabled():
+        looped: torch.Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
+        return looped
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
 def _has_loops(x: torch.Tensor) -> bool:
@@ -109,3 +127,28 @@ class _Norm(torch.autograd.Function):
         addresses = (x.data_ptr(), weight.data_ptr(), ctx.eps, gradient.data_ptr(), out.data_ptr())
         _loops(x).norm_backward(*_rows(x), *addresses)
         return out, None, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, bias, scale):  # type: ignore[no-untyped-def]
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, log_sums = flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
+        ctx.save_for_backward(query, key, value, bias, out, log_sums)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        from masquerade_kernels.cpu_gradients import attention_backward_loop  # noqa: PLC0415
+
+        query, key, value, bias, out, log_sums = ctx.saved_tensors
+        batch, heads, length, head_dim = query.shape
+        probabilities = query @ key.transpose(-1, -2)  # scores so far
+        of_scores = gradient @ value.transpose(-1, -2)  # of the probabilities so far
+        inputs = [one.contiguous() for one in (bias, log_sums, out, gradient)]
+        sizes = (batch * heads * length, heads, length, key.shape[2], head_dim)
+        addresses = (one.data_ptr() for one in (*inputs, probabilities, of_scores))
+        attention_backward_loop(torch.get_num_threads())(*sizes, *addresses, ctx.scale)
+        of_key = of_scores.transpose(-1, -2) @ query
+        return of_scores @ key, of_key, probabilities.transpose(-1, -2) @ gradient, None, None

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from masquerade_engine.context import ForwardContext, forward_context
 from masquerade_engine.seams import PersonaFFN, RMSNorm, decoder_layers
-from masquerade_kernels.differentiable import gated, norm
+from masquerade_kernels.differentiable import attention, gated, norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +185,8 @@ class TreeContext:
         # A group's query heads are folded into the query length, so keys are not repeated per head.
         folded = _pad(query, group).reshape(kv_heads, share, num_branches, longest, head_dim)
         folded = folded.permute(2, 0, 1, 3, 4).reshape(num_branches, kv_heads, share * longest, head_dim)
-        attended = F.scaled_dot_product_attention(
-            folded,
-            self._seen(key, group),
-            self._seen(value, group),
-            attn_mask=self._bias(number, share, window),
-            scale=scaling,
-        )
+        seen = self._seen(key, group), self._seen(value, group)
+        attended = attention(folded, *seen, self._bias(number, share, window), scaling)
         unfolded = attended.view(num_branches, kv_heads, share, longest, head_dim).permute(0, 3, 1, 2, 4)
         return unfolded.reshape(num_branches * longest, heads, head_dim).index_select(0, group.unpadded)
 
