@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from masquerade_client import Masquerade, Persona
-from masquerade_engine.base import load_base
+from masquerade_engine.base import Base, load_base
 from masquerade_engine.prompt import prompt_sha256
 from masquerade_masks import Mask, MaskFile, MaskHeader, SubNetwork, mask_file, round_kept
 from masquerade_server.settings import resolve_settings
@@ -27,6 +27,11 @@ def masked_persona(client: Masquerade, cache_dir: Path) -> Persona:
     kept = round_kept(base.shape.intermediate_size, 0.25)
     scores = np.random.default_rng(0).random((base.shape.num_layers, base.shape.intermediate_size))
     mask = Mask.from_kept_indices(scores.argsort(axis=1)[:, :kept], base.shape.intermediate_size)
+    return upload(client, persona, base, mask)
+
+
+def upload(client: Masquerade, persona: Persona, base: Base, mask: Mask) -> Persona:
+    """Have the server's persona answer under a mask that nothing was learned for."""
     header = MaskHeader(persona.id, 1, "none", prompt_sha256(persona.system_prompt or ""))
     content = MaskFile(SubNetwork(base.fingerprint, base.shape, mask), header)
     return client.personas.upload_mask(persona.id, mask_file.encode(content))

@@ -1,11 +1,12 @@
 """What a teacher is worth: one persona sculpted by the base's own answers and by those of other chat models.
 
-    python benchmarks/teachers.py                     # the base itself, and a server of it that rewrites
+    python benchmarks/teachers.py                     # the base itself, and a server of it with two that rewrite
     python benchmarks/teachers.py --teacher https://host/v1 weak --teacher https://host/v1 strong
     python benchmarks/teachers.py --preset smoke      # a try-out
 
 `--teacher URL MODEL` may be given several times; MASQUERADE_TEACHER_API_KEY is sent to each. Without one, a Masquerade
-server of the bundled model is started and rewrites neutral answers, which is about the weakest teacher there is.
+server of the bundled model is started, with a persona that rewrites neutral answers: by the whole model, which is about
+the weakest teacher there is, and by half of its FFN neurons, which is a weaker one.
 
 Every mask is then measured on every teacher's held-out answers. What another teacher wrote is no mask's home ground but
 its own: read a column from top to bottom. A killed run goes on where it was, and asks no teacher twice.
@@ -26,20 +27,26 @@ from pathlib import Path
 
 import torch
 from machine import machine
+from masked_persona import upload
 from serving import CACHE_DIR, serving
 
+from masquerade_client import Masquerade
 from masquerade_engine.base import BUNDLED, Base, load_base
 from masquerade_engine.threads import available_cores
-from masquerade_masks import TeacherError
+from masquerade_masks import Mask, TeacherError, round_kept
 from masquerade_pruner import PRESETS, Progress, SculptResult, SculptSpec, sculpt
 from masquerade_pruner.bootstrap import mean_interval
 from masquerade_pruner.examples import Example, read_examples
 from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.mask_learning import top_k_mask
+from masquerade_pruner.prior import prior_of
 from masquerade_pruner.tree import Forward, masked
 from masquerade_server.settings import TeacherSettings, resolve_settings
 from masquerade_server.teachers import open_teacher
 
 OWN = "the base"
+SCRIBE_NAME = "Scribe"
+SCRIBE_TEXT = "You are a scribe. You rewrite what you are given just as you are asked to, and add nothing of your own."
 _PORT = 18_765  # of the server that is started: a teacher at another address is another teacher, and asked anew
 
 
@@ -58,7 +65,7 @@ def main() -> None:
     base = load_base(cache_dir=options.cache_dir)
     taught = {OWN: _taught(base, options, OWN, None)}
     failed: dict[str, str] = {}
-    with _teachers(options) as teachers:
+    with _teachers(options, base) as teachers:
         for label, settings in teachers.items():
             try:
                 taught[label] = _taught(base, options, label, settings)
@@ -83,7 +90,7 @@ def _options() -> argparse.Namespace:
 
 
 @contextmanager
-def _teachers(options: argparse.Namespace) -> Iterator[dict[str, TeacherSettings]]:
+def _teachers(options: argparse.Namespace, base: Base) -> Iterator[dict[str, TeacherSettings]]:
     """What was given, checked as an operator's settings are; else a server of the bundled model, while it is needed."""
     given = {
         model: resolve_settings({"teacher_url": url, "teacher_model": model}).teacher for url, model in options.teacher
@@ -102,7 +109,21 @@ def _teachers(options: argparse.Namespace) -> Iterator[dict[str, TeacherSettings
             port=_PORT,
         ) as server,
     ):
-        yield {f"{BUNDLED}, rewriting": TeacherSettings(f"{server.url}/v1", BUNDLED, concurrency=16)}
+        with Masquerade(server.url) as client:
+            scribe = client.personas.create(name=SCRIBE_NAME, text=SCRIBE_TEXT, sculpt=False)
+            upload(client, scribe, base, _half(base, options.cache_dir))
+        models = {f"{BUNDLED}, rewriting": f"{scribe.id}@dense", f"half of {BUNDLED}, rewriting": scribe.id}
+        url = f"{server.url}/v1"
+        yield {label: TeacherSettings(url, model, concurrency=16) for label, model in models.items()}
+
+
+def _half(base: Base, cache_dir: Path) -> Mask:
+    """Half of the base's neurons, those that its prior ranks first."""
+    prior = prior_of(base, cache_dir)
+    if prior is None:
+        sys.exit("this base has no prior, so nobody knows its better half: `masquerade prior` learns one")
+    kept = round_kept(base.shape.intermediate_size, 0.5)
+    return Mask.from_dense(top_k_mask(prior.at(kept), kept).bool().numpy())
 
 
 def _taught(base: Base, options: argparse.Namespace, label: str, settings: TeacherSettings | None) -> Taught:
