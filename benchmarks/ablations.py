@@ -82,6 +82,7 @@ class Variant:
     averaged: bool = True
     data: Data = "sculpt"
     num_examples: int = 0  # the first so many; 0: all
+    steps: int = 0  # 0: as many as the run's
     seed: int = 0  # of the order of examples, and of what is random
 
     @property
@@ -97,8 +98,18 @@ REFERENCE = Variant()
 class Run:
     """The base, and how every mask is learned on it."""
 
-    def __init__(self, base: Base, *, preset: str, steps: int, cache_dir: Path, start: SculptStart = "prior") -> None:
+    def __init__(
+        self,
+        base: Base,
+        *,
+        preset: str,
+        steps: int,
+        cache_dir: Path,
+        start: SculptStart = "prior",
+        amounts: Sequence[int] = AMOUNTS,
+    ) -> None:
         self.base = base
+        self.amounts = amounts
         self.settings = PRESETS[preset]
         self.steps = steps
         self.prior = prior_of(base, cache_dir)
@@ -131,11 +142,12 @@ class Run:
     ) -> dict[str, torch.Tensor]:
         """`mask`, the best on validation, and the last `scores`; resumed from the last checkpoint in `cells`."""
         from_prior = self.from_prior if variant.start == "usual" else variant.start == "prior"
+        steps = variant.steps or self.steps
         learner = EstimatorLearner(
             self.model,
             start,
             kept,
-            steps=self.steps,
+            steps=steps,
             learning_rate=self.settings.rate(from_prior=from_prior),
             dropped_alone=variant.estimator == "straight-through"
             and (from_prior if variant.neurons == "usual" else variant.neurons == "dropped"),
@@ -155,10 +167,10 @@ class Run:
         else:
             best, lowest = state.pop("best"), float(state.pop("lowest"))
             learner.restore(state)
-        while learner.step_number < self.steps:
+        while learner.step_number < steps:
             learner.step(batch(learner.step_number))
             number = learner.step_number
-            if number % self.settings.validate_every == 0 or number == self.steps:
+            if number % self.settings.validate_every == 0 or number == steps:
                 mask = learner.mask()
                 kl = validation_kl(mask)
                 if kl < lowest:
@@ -274,7 +286,7 @@ class Persona:
             half = set(selected[0 if data == "first half" else 1 :: 2])
             return [one for one in train if one.question_id in half]
         if data == "more":
-            missing = max(AMOUNTS) - len(train)
+            missing = max(self._run.amounts) - len(train)
             return train if missing <= 0 else [*train, *self._answered("more", selected, missing)]
         ids = selected if data.startswith("selected") else self._any(len(selected))
         answered = self._answered(data.removesuffix(" neutral"), ids, len(ids))
@@ -334,8 +346,11 @@ class Study:
         return self._compared([REFERENCE, plain, Variant(optimizer="adam"), replace(plain, optimizer="adam")])
 
     def amount(self) -> list[str]:
-        """So many different examples, in the same number of steps."""
-        return self._compared([Variant(data="more", num_examples=one) for one in AMOUNTS])
+        """So many different examples, each learned from once; and few of them again and again."""
+        size = self._run.settings.branches_per_step
+        once = [Variant(data="more", num_examples=one, steps=math.ceil(one / size)) for one in self._run.amounts]
+        again = [replace(one, steps=once[-2].steps) for one in once[:-3]]
+        return self._compared([*once, *again])
 
     def voice(self) -> list[str]:
         """Selected questions or any, answers in character or neutral; cross-entropy, one answer a question."""
@@ -455,7 +470,10 @@ def main() -> None:
     torch.set_num_threads(available_cores())
     cache_dir = options.workdir / "cache"
     base = load_base(options.model, cache_dir=cache_dir)
-    run = Run(base, preset=options.preset, steps=options.steps, start=options.start, cache_dir=cache_dir)
+    amounts = AMOUNTS[:2] if options.quick else AMOUNTS
+    run = Run(
+        base, preset=options.preset, steps=options.steps, start=options.start, cache_dir=cache_dir, amounts=amounts
+    )
     learning = f"{options.start}-{options.steps}"  # runs that learn otherwise have cells of their own
     people = []
     for persona_id, name, text in personas(options.personas):

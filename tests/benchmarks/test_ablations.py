@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,30 @@ def test_an_interrupted_variant_ends_as_an_uninterrupted_one(
     resumed = other.learned(variant)
     for name in ("mask", "scores"):
         assert torch.equal(resumed[name], whole[name])
+
+
+def test_each_of_so_many_examples_is_learned_from_once(
+    run: Run, persona: Persona, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the six examples there are; with two branches a step."""
+    monkeypatch.setattr(run, "amounts", (2, 3, 4, 6))
+    monkeypatch.setattr(run, "settings", replace(run.settings, branches_per_step=2))
+    learned = []
+
+    def learn(variant: Variant, start: Any, kept: int, batch: Callable[[int], list[Example]], *others: Any) -> Any:
+        learned.append(
+            (variant.num_examples, variant.steps, [one.id for step in range(variant.steps) for one in batch(step)])
+        )
+        return {"mask": persona.given.mask, "scores": start}
+
+    monkeypatch.setattr(run, "learn", learn)
+    table = Study(run, [persona], tmp_path).amount()
+    ids = [one.id for one in persona.given.train]
+    assert [(number, steps) for number, steps, _ in learned] == [(2, 1), (3, 2), (4, 2), (6, 3), (2, 2)]
+    assert sorted(learned[2][2]) == sorted(ids[:4])
+    assert sorted(learned[3][2]) == sorted(ids)
+    assert sorted(learned[4][2]) == sorted(2 * ids[:2])
+    assert any("num_examples 2, steps 2" in line for line in table)
 
 
 def test_a_measured_variant_is_not_learned_again(
