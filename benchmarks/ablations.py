@@ -64,6 +64,7 @@ Neurons = Literal["usual", "all", "dropped"]
 Data = Literal["sculpt", "first half", "second half", "more", "selected", "any", "selected neutral", "any neutral"]
 
 AMOUNTS = (120, 240, 480, 960, 1920)
+QUESTION_SHARES = (0.2, 0.5)
 TEMPERATURES = (0.03, 0.1)  # scores start as ranks in [0, 1]
 STREAMS = 64  # answers written at once
 
@@ -83,6 +84,7 @@ class Variant:
     data: Data = "sculpt"
     num_examples: int = 0  # the first so many; 0: all
     steps: int = 0  # 0: as many as the run's
+    question_share: float = 0.0  # of an example's weight, for the tokens of its question
     seed: int = 0  # of the order of examples, and of what is random
 
     @property
@@ -152,6 +154,7 @@ class Run:
             dropped_alone=variant.estimator == "straight-through"
             and (from_prior if variant.neurons == "usual" else variant.neurons == "dropped"),
             loss=variant.loss,
+            question_share=variant.question_share,
             estimator=variant.estimator,
             temperature=variant.temperature,
             annealed=variant.annealed,
@@ -320,6 +323,10 @@ class Study:
         """KL to the dense model, or cross-entropy on its answers."""
         return self._compared([REFERENCE, Variant(loss="cross_entropy")])
 
+    def supervision(self) -> list[str]:
+        """Answers alone, or the questions' tokens too, with so much of an example's weight."""
+        return self._compared([REFERENCE, *(Variant(question_share=one) for one in QUESTION_SHARES)])
+
     def start(self) -> list[str]:
         """Where scores start."""
         starts: list[Start] = ["random", "wanda", "fisher"]
@@ -445,7 +452,19 @@ class Study:
         return share / (2 - share)
 
 
-STUDIES = ("loss", "start", "estimator", "annealing", "optimizer", "amount", "voice", "whose", "seeds", "similarity")
+STUDIES = (
+    "loss",
+    "supervision",
+    "start",
+    "estimator",
+    "annealing",
+    "optimizer",
+    "amount",
+    "voice",
+    "whose",
+    "seeds",
+    "similarity",
+)
 
 
 def jaccard(one: torch.Tensor, other: torch.Tensor) -> float:
