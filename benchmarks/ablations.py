@@ -353,11 +353,11 @@ class Study:
         return self._compared([REFERENCE, plain, Variant(optimizer="adam"), replace(plain, optimizer="adam")])
 
     def amount(self) -> list[str]:
-        """So many different examples, each learned from once; and few of them again and again."""
+        """So many different examples, each learned from once; and some of them again and again."""
         size = self._run.settings.branches_per_step
         once = [Variant(data="more", num_examples=one, steps=math.ceil(one / size)) for one in self._run.amounts]
-        again = [replace(one, steps=once[-2].steps) for one in once[:-3]]
-        return self._compared([*once, *again])
+        again = replace(once[1], steps=once[-2].steps)
+        return self._compared([*once, again])
 
     def voice(self) -> list[str]:
         """Selected questions or any, answers in character or neutral; cross-entropy, one answer a question."""
@@ -489,7 +489,7 @@ def main() -> None:
     torch.set_num_threads(available_cores())
     cache_dir = options.workdir / "cache"
     base = load_base(options.model, cache_dir=cache_dir)
-    amounts = AMOUNTS[:2] if options.quick else AMOUNTS
+    amounts = AMOUNTS[:3] if options.quick else AMOUNTS
     run = Run(
         base, preset=options.preset, steps=options.steps, start=options.start, cache_dir=cache_dir, amounts=amounts
     )

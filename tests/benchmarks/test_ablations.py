@@ -107,7 +107,7 @@ def test_each_of_so_many_examples_is_learned_from_once(
     run: Run, persona: Persona, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the six examples there are; with two branches a step."""
-    monkeypatch.setattr(run, "amounts", (2, 3, 4, 6))
+    monkeypatch.setattr(run, "amounts", (1, 2, 4, 6))
     monkeypatch.setattr(run, "settings", replace(run.settings, branches_per_step=2))
     learned = []
 
@@ -120,7 +120,7 @@ def test_each_of_so_many_examples_is_learned_from_once(
     monkeypatch.setattr(run, "learn", learn)
     table = Study(run, [persona], tmp_path).amount()
     ids = [one.id for one in persona.given.train]
-    assert [(number, steps) for number, steps, _ in learned] == [(2, 1), (3, 2), (4, 2), (6, 3), (2, 2)]
+    assert [(number, steps) for number, steps, _ in learned] == [(1, 1), (2, 1), (4, 2), (6, 3), (2, 2)]
     assert sorted(learned[2][2]) == sorted(ids[:4])
     assert sorted(learned[3][2]) == sorted(ids)
     assert sorted(learned[4][2]) == sorted(2 * ids[:2])
