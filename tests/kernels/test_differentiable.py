@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -83,6 +83,7 @@ def test_the_coefficients_gradient_is_the_same_to_the_bit_on_one_thread_and_on_t
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 70), width=st.integers(1, 67), seed=st.integers(0, 999))
+@example(rows=1, width=1, seed=455)
 def test_norm_is_x_by_its_root_mean_square(dtype: torch.dtype, close: float, rows: int, width: int, seed: int) -> None:
     x, weight, upstream = (one.to(dtype) for one in _made(seed, (rows, width), (width,), (rows, width)))
 
@@ -90,8 +91,11 @@ def test_norm_is_x_by_its_root_mean_square(dtype: torch.dtype, close: float, row
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
 
     found = _with_gradients(lambda x: norm(x, weight, 1e-5), [x], [dtype], upstream)
+    # In a narrow row the gradient is a small difference of terms as large as this, which are rounded.
+    terms = upstream.double() * weight.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
+    largest = max(1.0, float(terms.abs().max()))
     for one, other in zip(found, _with_gradients(exact, [x], [torch.float64], upstream), strict=True):
-        torch.testing.assert_close(one, other, rtol=close, atol=close * max(1.0, float(other.abs().max())))
+        torch.testing.assert_close(one, other, rtol=close, atol=close * max(largest, float(other.abs().max())))
 
 
 def test_gradients_may_come_in_any_layout() -> None:
