@@ -539,7 +539,7 @@ def _head(options: argparse.Namespace, run: Run, people: Sequence[Persona]) -> l
         f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}` on {machine()}",
         "",
         f"{', '.join(one.id for one in people)} at {options.sparsity:.0%}; {options.steps} steps of "
-        f"{PRESETS[options.preset].branches_per_step} branches each.",
+        f"{PRESETS[options.preset].branches_per_step} branches each, where a variant says nothing else.",
         f"The reference starts from {'the prior' if run.from_prior else 'both importances'}.",
         "KL to the dense persona model in nats a token over the test questions, the mean over personas; *below* is",
         "1 - KL(variant) / KL(the first), with its 95 % interval from a paired bootstrap over questions, nested in",
