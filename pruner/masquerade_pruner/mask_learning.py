@@ -189,8 +189,8 @@ class MaskLearner:
         return self._average.clone()
 
     def mask(self) -> torch.Tensor:
-        """The 0/1 mask of the averaged scores, `[layers, intermediate]` fp32."""
-        return top_k_mask(self._average + self._pull, self._kept)
+        """The 0/1 mask of `averaged`, `[layers, intermediate]` fp32."""
+        return top_k_mask(self.averaged() + self._pull, self._kept)
 
     def training_mask(self) -> torch.Tensor:
         """What a step masks with, `[layers, intermediate]`, differentiable in the scores."""

@@ -9,6 +9,7 @@ import torch
 from estimators import EstimatorLearner, soft_top_k
 
 from masquerade_engine import load_base
+from masquerade_pruner.mask_learning import top_k_mask
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
@@ -53,6 +54,15 @@ def test_a_gumbel_mask_is_hard_noisy_and_the_same_after_a_restart(model: torch.n
     assert not torch.equal(learner.training_mask(), mask)
     (gradient,) = torch.autograd.grad((mask * torch.rand(3, 96)).sum(), learner.scores)
     assert bool(gradient.ne(0).any(dim=1).all())
+
+
+def test_without_an_average_the_mask_is_that_of_the_last_scores(model: torch.nn.Module) -> None:
+    plain, averaging = _learner(model, averaged=False), _learner(model)
+    for one in (plain, averaging):
+        with torch.no_grad():
+            one.scores.neg_()
+    assert torch.equal(plain.mask(), top_k_mask(plain.scores.detach(), 40))
+    assert torch.equal(averaging.mask(), top_k_mask(-averaging.scores.detach(), 40))
 
 
 def test_an_annealed_sparsity_starts_dense_and_ends_early(model: torch.nn.Module) -> None:
