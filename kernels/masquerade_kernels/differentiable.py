@@ -45,8 +45,9 @@ def attention(
 ) -> torch.Tensor:
     """`softmax(scale * query @ key.T + bias) @ value`.
 
-    In bf16 on the CPU torch's own backward pass took 39 ms (one thread, 48 heads of 318 x 276) where products and a
-    loop take 16. Their gradients are within 0.5 % of the exact ones, as scores are bf16; torch's within 0.4 %.
+    In bf16 on the CPU the way back is products and a loop, since torch's own takes twice as long, both ways together
+    (benchmarks/learning_loops.py). Gradients are within 0.5 % of the exact ones, since scores are bf16, and torch's
+    within 0.4 %.
     """
     if query.device.type == "cpu" and query.dtype is torch.bfloat16 and torch.is_grad_enabled():
         looped: torch.Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
