@@ -167,7 +167,7 @@ class Comparison:
 
     def _settings(self, recovery: str) -> RecoverySettings:
         default = RecoverySettings()
-        return replace(default, steps=self._recovery_steps.get(recovery, default.steps))
+        return replace(default, steps=self._recovery_steps.get(recovery, default.of(recovery).steps))
 
     @property
     def _kept(self) -> int:
@@ -239,7 +239,7 @@ def _options() -> argparse.Namespace:
         type=_steps_of_kind,
         default=[],
         metavar="KIND=STEPS",
-        help=f"of a kind of recovery, whichever method's, such as vectors=8; default {RecoverySettings().steps}",
+        help="of a kind of recovery, whichever method's, such as full=8; default: as a sculpt's",
     )
     parser.add_argument("--random-seeds", type=int, default=5)
     parser.add_argument("--preset", choices=list(PRESETS), default="default")

@@ -1,15 +1,15 @@
 """How many neurons a cast's masks keep between them, learned alone and pulled together, and what the pull costs in KL.
 
-    python benchmarks/unions.py --quick                      # minutes: two small sculpts, to try it
-    python benchmarks/unions.py --sparsity 0.25              # 8 personas: some 40 minutes, two cores
-    python benchmarks/unions.py --personas 24 --pull 0.05 0.1 0.2 --out unions.md
+    python benchmarks/unions.py --quick                      # minutes: two personas in few steps, to try it
+    python benchmarks/unions.py --personas 8 --sparsity 0.5  # some 15 minutes, two cores
+    python benchmarks/unions.py --pull 0.05 0.1 0.2 --out unions.md
 
-The personas of benchmarks/casts/village.json are sculpted in their order from one set of answers each: *alone*, and
-*pulled* towards the pulled masks of those before. KL to the dense persona model is read on validation and on test. Of
-several pulls validation chooses one for all sparsities: that of the smallest union of those that cost at most 3 % more
-KL at each. So that a cast fits an evening, sculpts are short: few steps, few questions, nothing free-running; the
-tables say how few. Each mask is kept in the work directory: a killed run goes on where it was, and `--out` is written
-anew after every persona.
+The personas of benchmarks/casts/village.json learn in their order from one set of answers each, masks of every sparsity
+together: *alone*, and *pulled* towards the pulled masks of those before. KL to the dense persona model is read on
+validation and on test. Of several pulls validation chooses one for all sparsities: that of the smallest union of those
+that cost at most 3 % more KL at each. So that a cast fits an evening, learning is short: few steps, few branches, few
+questions; the tables say how few. Each mask is kept in the work directory: a killed run goes on where it was, and
+`--out` is written anew after every persona.
 """
 
 from __future__ import annotations
@@ -19,30 +19,40 @@ import hashlib
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from machine import machine
-from sculpts import Personas, sculpted
+from sculpts import Personas, mask_digest
 from tables import header, row
 
 from masquerade_engine.base import BUNDLED, Base, load_base
 from masquerade_engine.threads import available_cores
-from masquerade_masks import Mask, chance_jaccard, round_kept, union
-from masquerade_pruner import PRESETS, SculptSettings, SculptSpec
+from masquerade_masks import Mask, SettingError, chance_jaccard, round_kept, union
+from masquerade_pruner import PRESETS, SculptSettings, SculptSpec, answered
 from masquerade_pruner.bootstrap import Interval, Values, gap_closed
+from masquerade_pruner.epochs import Epochs
+from masquerade_pruner.examples import Example
+from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.importance import averaged_ranks
 from masquerade_pruner.instructions import load_instructions
-from masquerade_pruner.prior import Prior, prior_of
+from masquerade_pruner.losses import chunked_kl
+from masquerade_pruner.mask_learning import MaskLearner, Planted, dense_states
+from masquerade_pruner.prior import prior_of
+from masquerade_pruner.tree import TreeContext, head_weight, masked, run_tree
 from masquerade_pruner.workdir import Workdir
 
 VILLAGE = Path(__file__).parent / "casts" / "village.json"
-STEPS = 16
-QUESTIONS = 48  # of validation, and of test
-NUM_IMPORTANCE = 16  # examples
+STEPS = 8
+BRANCHES = 8  # a step
+QUESTIONS = 32  # of validation, and of test
 LIMIT = 1.03  # times the KL of the masks alone: what a pull may cost on validation
 
 
@@ -64,6 +74,15 @@ class Cast:
     pulled: dict[float, list[Learned]]  # by pull; whoever comes first has no cast yet, and is as alone
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """One mask of a persona."""
+
+    sparsity: float
+    pull: float
+    towards: Sequence[Mask]
+
+
 class Run:
     """How every mask is learned, each once, and kept in `workdir`."""
 
@@ -72,47 +91,154 @@ class Run:
         self._settings = settings
         self._workdir = workdir
         self._instructions = instructions
-        self.prior = prior_of(base, workdir / "cache")
+        prior = prior_of(base, workdir / "cache")
+        if prior is None:
+            raise SettingError("model", "has no prior, which a cast's masks start from; `masquerade prior` learns one")
+        self.prior = prior
         self._identity = {
             "base": base.fingerprint,
             "dtype": str(base.dtype),
             "instructions": load_instructions(instructions).digest,
         }
 
-    def add(self, persona: tuple[str, str, str], cast: Cast) -> None:
-        """Learn one more persona's masks, the pulled ones towards those that the cast has."""
-        alone = self._learned(persona, cast.sparsity, 0.0, [])
-        for pull, before in cast.pulled.items():
-            masks = [one.mask for one in before]
-            before.append(self._learned(persona, cast.sparsity, pull, masks) if masks else alone)
-        cast.alone.append(alone)
+    @cached_property
+    def _model(self) -> torch.nn.Module:
+        return self._base.build_model()
 
-    def _learned(self, persona: tuple[str, str, str], sparsity: float, pull: float, towards: Sequence[Mask]) -> Learned:
-        persona_id, name, text = persona
-        numbers = replace(self._settings, cast_pull=pull)
-        spec = SculptSpec(persona_id, name, text, sparsity=sparsity, numbers=numbers, instructions=self._instructions)
+    def add(self, persona: tuple[str, str, str], casts: Sequence[Cast]) -> None:
+        """Learn one more persona's masks, the pulled ones towards those that each cast has."""
+        columns, wanted = [], []
+        for cast in casts:
+            columns.append(cast.alone)
+            wanted.append(_Wanted(cast.sparsity, 0.0, []))
+            for pull, before in cast.pulled.items():
+                if before:
+                    columns.append(before)
+                    wanted.append(_Wanted(cast.sparsity, pull, [one.mask for one in before]))
+        for column, learned in zip(columns, self._found(persona, wanted), strict=True):
+            column.append(learned)
+        for cast in casts:
+            for before in cast.pulled.values():
+                before[:] = before or cast.alone  # the first has nobody to be pulled towards
+
+    def _found(self, persona: tuple[str, str, str], wanted: Sequence[_Wanted]) -> list[Learned]:
+        cells = [self._cell(persona, one) for one in wanted]
+        missing = {cell.path: (cell, one) for cell, one in zip(cells, wanted, strict=True) if not _read(cell)}
+        if missing:
+            learned = self._learn(persona, [one for _, one in missing.values()])
+            for (cell, _), one in zip(missing.values(), learned, strict=True):
+                cell.write_tensors("mask", {"mask": torch.from_numpy(one.mask.to_dense())})
+                cell.write_json("figures", {"validation": one.validation, "test": one.test.tolist()})
+        return [one for cell in cells for one in _read(cell)]
+
+    def _cell(self, persona: tuple[str, str, str], one: _Wanted) -> Workdir:
+        kept = round_kept(self._base.shape.intermediate_size, one.sparsity)
         identity = self._identity | {
             "persona": persona,
-            "sparsity": sparsity,
-            "prior": self.prior and self.prior.digest(round_kept(self._base.shape.intermediate_size, sparsity)),
-            "settings": asdict(numbers),
-            "cast": [hashlib.sha256(one.bits.tobytes()).hexdigest() for one in towards],
+            "sparsity": one.sparsity,
+            "prior": self.prior.digest(kept),
+            "settings": asdict(self._settings),
+            "pull": one.pull,
+            "cast": [hashlib.sha256(mask.bits.tobytes()).hexdigest() for mask in one.towards],
         }
-        # Named by all that it depends on: a sculpt's own directory does not know its cast.
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        folder = f"{persona_id}-{sparsity}-{pull}-{digest[:12]}"
-        cell = Workdir(self._workdir / folder, {"digest": digest})
-        figures, mask = cell.read_json("figures"), cell.read_tensors("mask")
-        if figures is None or mask is None:
-            result = sculpted(spec, self._base, self._workdir, name=folder, cast=towards)
-            figures = {
-                "validation": min(kl for _, kl in result.report["learning"]["validation_kl"]),
-                "test": result.report["one_turn"]["per_question"]["kl"],
-            }
-            mask = {"mask": torch.from_numpy(result.subnetwork.mask.to_dense())}
-            cell.write_tensors("mask", mask)
-            cell.write_json("figures", figures)
-        return Learned(Mask.from_dense(mask["mask"].numpy()), figures["validation"], np.array(figures["test"]))
+        return Workdir(self._workdir / f"{persona[0]}-{one.sparsity}-{one.pull}-{digest[:12]}", {"digest": digest})
+
+    def _learn(self, persona: tuple[str, str, str], wanted: Sequence[_Wanted]) -> list[Learned]:
+        """As `sculpt` learns, all from the same batches at once."""
+        began, settings = time.monotonic(), self._settings
+        spec = SculptSpec(*persona, numbers=settings, instructions=self._instructions)
+        given = answered(spec, self._base, self._workdir / persona[0], cache_dir=self._workdir / "cache")
+        print(f"{persona[0]}: answers, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        divergence = {name: _Divergence(self._model, getattr(given, name)) for name in ("validation", "test")}
+        dense = _Dense(self._model)
+        learners = [self._learner(one, dense) for one in wanted]
+        best = [learner.mask() for learner in learners]
+        order = Epochs(given.train, settings.branches_per_step, 0)
+        for number in range(1, settings.steps + 1):
+            for learner in learners:
+                learner.step(order.batch(number - 1))
+            if number % settings.validate_every == 0 or number == settings.steps:
+                masks = [learner.mask() for learner in learners]
+                best = [min(pair, key=divergence["validation"].mean) for pair in zip(best, masks, strict=True)]
+        print(f"{persona[0]}: {len(wanted)} masks, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+        return [
+            Learned(Mask.from_dense(mask.bool().numpy()), divergence["validation"].mean(mask), divergence["test"](mask))
+            for mask in best
+        ]
+
+    def _learner(self, one: _Wanted, dense: _Dense) -> _Learner:
+        kept = round_kept(self._base.shape.intermediate_size, one.sparsity)
+        scores = averaged_ranks(self.prior.at(kept))
+        usage = torch.zeros_like(scores)
+        for mask in one.towards:
+            usage += torch.from_numpy(mask.to_dense()).float() / len(one.towards)
+        return _Learner(
+            self._model,
+            scores,
+            kept,
+            steps=self._settings.steps,
+            learning_rate=self._settings.learning_rate,
+            dropped_alone=True,
+            pull=one.pull * usage,
+            dense=dense,
+        )
+
+
+def _read(cell: Workdir) -> list[Learned]:
+    """What the cell holds: one, or none yet."""
+    figures, mask = cell.read_json("figures"), cell.read_tensors("mask")
+    if figures is None or mask is None:
+        return []
+    return [Learned(Mask.from_dense(mask["mask"].numpy()), figures["validation"], np.array(figures["test"]))]
+
+
+class _Dense:
+    """The dense model's states on a batch, computed once for all that learn from it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._of: torch.Tensor | None = None  # the tokens of the batch
+
+    def __call__(self, planted: Planted) -> torch.Tensor:
+        """`[supervised, hidden]`."""
+        tokens = planted.tree.token_ids
+        if self._of is None or not torch.equal(self._of, tokens):
+            self._of, self._states = tokens, dense_states(self._model, planted)
+        return self._states
+
+
+class _Learner(MaskLearner):
+    """A mask learner that is told the dense model's states."""
+
+    def __init__(self, *args: Any, dense: _Dense, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._dense = dense
+
+    def _loss_of(self, planted: Planted) -> torch.Tensor:
+        context = TreeContext(planted.tree, self.training_mask())
+        states = run_tree(self._model, planted.tree, context)[planted.rows]
+        return chunked_kl(states, self._dense(planted), head_weight(self._model), planted.weights)
+
+
+class _Divergence:
+    """KL of masks to the dense model on one split, each mask's computed once."""
+
+    def __init__(self, model: torch.nn.Module, examples: Sequence[Example]) -> None:
+        self._model = model
+        self._held_out = HeldOut(model, examples)
+        self._known: dict[str, Values] = {}
+
+    def __call__(self, mask: torch.Tensor) -> Values:
+        """By question, nats a token."""
+        digest = mask_digest(mask)
+        if digest not in self._known:
+            self._known[digest] = self._held_out.divergence(masked(self._model, mask)).kl.double().numpy()
+        return self._known[digest]
+
+    def mean(self, mask: torch.Tensor) -> float:
+        """Over the questions."""
+        return float(self(mask).mean())
 
 
 # --- the arithmetic
@@ -243,11 +369,10 @@ def main() -> None:
     people = village()[: options.personas]
     casts = [Cast(sparsity, [], {pull: [] for pull in options.pull}) for sparsity in options.sparsity]
     for count, persona in enumerate(people, 1):
-        for cast in casts:
-            run.add(persona, cast)
+        run.add(persona, casts)
         if options.out and count > 1:
-            options.out.write_text(_page(casts, people[:count], settings, run.prior), "utf-8")
-    print(_page(casts, people, settings, run.prior))
+            options.out.write_text(_page(casts, people[:count], settings), "utf-8")
+    print(_page(casts, people, settings))
 
 
 def village() -> Personas:
@@ -260,7 +385,7 @@ def short(settings: SculptSettings, steps: int | None) -> SculptSettings:
     return replace(
         settings,
         steps=min(settings.steps, STEPS) if steps is None else steps,
-        num_importance=min(settings.num_importance, NUM_IMPORTANCE),
+        branches_per_step=min(settings.branches_per_step, BRANCHES),
         num_validation=min(settings.num_validation, QUESTIONS),
         num_test=min(settings.num_test, QUESTIONS),
         num_test_scenes=0,
@@ -270,7 +395,7 @@ def short(settings: SculptSettings, steps: int | None) -> SculptSettings:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--personas", type=int, default=8, help="the first so many of the village (%(default)s)")
+    parser.add_argument("--personas", type=int, default=24, help="the first so many of the village (%(default)s)")
     parser.add_argument("--model", default=BUNDLED, help="the base, as `masquerade serve` takes it")
     parser.add_argument("--sparsity", nargs="+", type=float, default=[0.25, 0.5])
     parser.add_argument("--pull", nargs="+", type=float, default=[SculptSettings().cast_pull])
@@ -293,15 +418,14 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _page(casts: Sequence[Cast], people: Personas, settings: SculptSettings, prior: Prior | None) -> str:
-    start = "Wanda's and Fisher's averaged ranks: this base has no prior yet" if prior is None else "the base's prior"
+def _page(casts: Sequence[Cast], people: Personas, settings: SculptSettings) -> str:
     lines = [
         "# What a cast's masks keep between them",
         "",
         f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}` on {machine()}",
         "",
-        f"The first {len(people)} personas of the village. Short sculpts, {settings.steps} steps of",
-        f"{settings.branches_per_step} branches, from {start};",
+        f"The first {len(people)} personas of the village. Short learning, {settings.steps} steps of",
+        f"{settings.branches_per_step} branches, from the base's prior;",
         f"{settings.num_validation} validation and {settings.num_test} test questions a persona, single turns, nothing",
         "free-running. *Union* is the share of neurons that any of the masks keeps, the mean over layers; *unrelated*",
         "masks of share k have 1 - (1 - k)^n. *Pulled* masks were learned towards the pulled masks before them. KL to",

@@ -21,6 +21,12 @@ def has_dot_products() -> bool:
     return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
 
 
+@functools.cache
+def host_name() -> str:
+    """LLVM's name for this CPU, such as `sapphirerapids` or `znver4`."""
+    return str(binding.get_host_cpu_name())
+
+
 class _BFloat(ir.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite does not name."""
 

@@ -5,7 +5,7 @@ from masquerade_pruner.plan import Execution, Plan
 from masquerade_pruner.presets import PRESETS, SculptSettings, SculptSpec
 from masquerade_pruner.progress import Progress
 from masquerade_pruner.rewriting import Chat, ChatModel, Reply
-from masquerade_pruner.sculpt import SculptResult, sculpt
+from masquerade_pruner.sculpt import SculptResult, answered, sculpt
 
 __all__ = [
     "PRESETS",
@@ -18,6 +18,7 @@ __all__ = [
     "SculptResult",
     "SculptSettings",
     "SculptSpec",
+    "answered",
     "estimate",
     "sculpt",
 ]

@@ -191,7 +191,8 @@ def head_chunk(shape: Shape, rows: int) -> int:
     chunk = min(rows, HEAD_ROWS) * shape.vocabulary * 4
     # Six tensors live at once. glibc's heap keeps as many again between chunks, but maps those above 32 MiB one by one.
     copies = 11 if not shape.cuda and chunk <= 32 * MIB else 6
-    packed_head = 0 if shape.cuda else shape.vocabulary * shape.hidden * shape.item
+    # oneDNN's packed head, or a float32 one where the processor multiplies that faster.
+    packed_head = 0 if shape.cuda else shape.vocabulary * shape.hidden * max(4, shape.item)
     return copies * chunk + packed_head
 
 

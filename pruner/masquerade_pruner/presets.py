@@ -79,7 +79,9 @@ PRESETS: dict[str, SculptSettings] = {
         steps=240,
         num_importance=128,
         validate_every=24,
-        recovery=RecoverySettings(steps=120, validate_every=24, num_means=128, num_reconstructed=2048),
+        recovery=RecoverySettings(
+            steps=120, vectors_steps=120, validate_every=24, num_means=128, num_reconstructed=2048
+        ),
     ),
 }
 
@@ -116,11 +118,12 @@ class SculptSpec:
 
     @property
     def settings(self) -> SculptSettings:
-        """Its own numbers or the preset's, with the loss that the teacher allows.
+        """Its own numbers or the preset's, with the recovery's own steps and the loss that the teacher allows.
 
         KL needs the teacher's whole distribution, which the base has at hand; of a remote one there is only the text.
         """
         settings = self.numbers or PRESETS[self.preset]
+        settings = replace(settings, recovery=settings.recovery.of(self.recovery))
         return replace(settings, loss="cross_entropy") if self.teacher == "remote" else settings
 
     def metadata(self, instructions_digest: str, settings: SculptSettings) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class RecoverySettings:
     """The numbers of a recovery; they travel in the mask's metadata."""
 
     steps: int = 24
+    vectors_steps: int = 8  # of `vectors` at most: gains and biases are soon where they can get
     branches_per_step: int = 16
     validate_every: int = 8
     vectors_learning_rate: float = 0.01  # gains start at 1
@@ -53,6 +54,10 @@ class RecoverySettings:
     solved_share: float = 0.85  # of the way from the base's weights to those
     lora_rank: int = 16
     lora_alpha: float = 16.0  # updates are scaled by alpha / rank
+
+    def of(self, kind: Recovery) -> RecoverySettings:
+        """The numbers for one kind: `vectors` take fewer steps."""
+        return replace(self, steps=min(self.steps, self.vectors_steps)) if kind == "vectors" else self
 
 
 @dataclass(frozen=True, slots=True, eq=False)

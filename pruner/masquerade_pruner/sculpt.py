@@ -101,6 +101,22 @@ def sculpt(
     return run.result(recovered, report)
 
 
+def answered(
+    spec: SculptSpec,
+    base: Base,
+    workdir: Path,
+    *,
+    cache_dir: Path,
+    teacher: ChatModel | None = None,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Answered:
+    """The first two stages of `sculpt` by themselves, which a sculpt in the same directory need not do again."""
+    directories = (workdir / "answers", workdir / "mask", workdir / "recovery")
+    run = _Sculptor(spec, base, directories, cache_dir, Execution(), teacher, progress, lambda: False)
+    with run.workshop():
+        return run.answer(run.select())
+
+
 class _Sculptor:
     """One run: its spec, its checkpoints, and the base in the two forms that it needs."""
 

@@ -43,7 +43,7 @@ class Base:
     def build_model(self, dtype: torch.dtype | None = None) -> torch.nn.Module:
         """A fresh model with seams on the base's device, frozen, in eval mode.
 
-        Its linears are plain `nn.Linear`, so gradients flow through its activations; the runner packs its own copy.
+        Gradients flow through its activations and linears; the runner packs its own copy.
         """
         from transformers import AutoModelForCausalLM  # noqa: PLC0415  (seconds of import that `doctor` need not pay)
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from masquerade_engine.context import active_context
+from masquerade_kernels.differentiable import linear
 
 ATTENTION_NAME = "masquerade"
 
@@ -69,15 +70,33 @@ class RMSNorm(nn.Module):
         return active_context().norm(self, hidden)
 
 
+class Linear(nn.Linear):
+    """A linear layer in whichever type the processor multiplies faster; its parameters are the plain one's."""
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
+        self.weight, self.bias = plain.weight, plain.bias
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return linear(hidden, self.weight, self.bias)
+
+
 def install_seams(model: nn.Module) -> nn.Module:
-    """Replace every decoder layer's MLP by a `PersonaFFN` and every norm by an `RMSNorm`, in place."""
+    """Replace every decoder layer's MLP by a `PersonaFFN`, every norm by an `RMSNorm` and linears, in place."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, plain in linears.items():
+        _replace(model, name, Linear(plain))
     for layer, block in enumerate(decoder_layers(model)):
         block.mlp = PersonaFFN(layer, block.get_submodule("mlp"))
-    norms = [name for name, module in model.named_modules() if hasattr(module, "variance_epsilon")]
-    for name in norms:
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, RMSNorm(model.get_submodule(name)))
+    norms = {name: module for name, module in model.named_modules() if hasattr(module, "variance_epsilon")}
+    for name, plain_norm in norms.items():
+        _replace(model, name, RMSNorm(plain_norm))
     return model
+
+
+def _replace(model: nn.Module, name: str, instead: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, instead)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import unions
 from unions import Cast, Learned, Run, chance_union, chosen, mean_jaccard, short, tables, union_fraction, village
 
 from masquerade_engine import load_base
 from masquerade_engine.base import Base
-from masquerade_masks import Mask
-from masquerade_pruner import PRESETS, SculptSettings, SculptSpec
+from masquerade_masks import Mask, SettingError
+from masquerade_pruner import PRESETS, SculptSettings, SculptSpec, sculpt
+from masquerade_pruner.prior import Prior, prior_path, write_prior
 
 PEOPLE = [
     ("wyn", "Wyn", "You row a ferry and say little."),
@@ -24,6 +26,7 @@ PEOPLE = [
     ("tib", "Tib", "You mend boots and hate landlords."),
 ]
 PULL = 0.4
+SPARSITIES = (0.5, 0.3)
 
 
 def _learned(*rows: str, validation: float = 1.0, test: tuple[float, ...] = (1.0, 2.0)) -> Learned:
@@ -113,59 +116,90 @@ def new_run(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     ]
     questions = folder / "questions.json"
     questions.write_text(json.dumps(rows), "utf-8")
-    settings = replace(short(PRESETS["smoke"], steps=3), answer_tokens=6, num_validation=4, num_test=4)
+    shape = base.shape
+    scores = torch.rand(shape.num_layers, shape.intermediate_size, generator=torch.Generator().manual_seed(0))
+    write_prior(prior_path(base, folder / "work" / "cache"), base, Prior({32: scores}), "random")
+    settings = replace(
+        short(PRESETS["smoke"], steps=4), answer_tokens=6, num_validation=4, num_test=4, learning_rate=0.1
+    )
     return lambda **changed: Run(base, replace(settings, **changed), folder / "work", questions)
 
 
 @pytest.fixture(scope="module")
-def cast(new_run: Callable[..., Run]) -> Cast:
-    return _sculpted(new_run(), PEOPLE)
+def casts(new_run: Callable[..., Run]) -> list[Cast]:
+    return _learned_by(new_run(), PEOPLE)
 
 
-def _sculpted(run: Run, people: list[tuple[str, str, str]]) -> Cast:
-    cast = Cast(0.5, [], {PULL: []})
+def _learned_by(run: Run, people: list[tuple[str, str, str]]) -> list[Cast]:
+    casts = [Cast(sparsity, [], {PULL: []}) for sparsity in SPARSITIES]
     for persona in people:
-        run.add(persona, cast)
-    return cast
+        run.add(persona, casts)
+    return casts
 
 
-def test_pulled_masks_have_the_smaller_union(cast: Cast) -> None:
-    pulled = cast.pulled[PULL]
-    assert pulled[0] is cast.alone[0]
-    assert union_fraction(pulled) < union_fraction(cast.alone) - 0.02
-    assert mean_jaccard(pulled) > mean_jaccard(cast.alone) + 0.02
-    assert {one.mask.kept for one in (*pulled, *cast.alone)} == {32}  # the multiple of 32
-    assert all(len(one.test) == 4 and one.test.mean() > 0 and one.validation > 0 for one in (*pulled, *cast.alone))
+def test_pulled_masks_have_the_smaller_union(casts: list[Cast]) -> None:
+    for cast, kept in zip(casts, (32, 64), strict=True):
+        pulled = cast.pulled[PULL]
+        assert pulled[0] is cast.alone[0]
+        assert union_fraction(pulled) < union_fraction(cast.alone)
+        assert mean_jaccard(pulled) > mean_jaccard(cast.alone)
+        everybody = (*pulled, *cast.alone)
+        assert len(pulled) == len(cast.alone) == len(PEOPLE)
+        assert {one.mask.kept for one in everybody} == {kept}
+        assert all(len(one.test) == 4 and one.test.mean() > 0 and one.validation > 0 for one in everybody)
+
+
+def test_a_mask_is_the_sculptor_s_own(
+    casts: list[Cast], new_run: Callable[..., Run], base: Base, tmp_path: Path
+) -> None:
+    run = new_run()
+    towards = [one.mask for one in casts[0].pulled[PULL][:1]]
+    spec = SculptSpec(
+        *PEOPLE[1],
+        sparsity=SPARSITIES[0],
+        numbers=replace(run._settings, cast_pull=PULL),
+        instructions=run._instructions,
+    )
+    result = sculpt(spec, base, tmp_path, cache_dir=run._workdir / "cache", cast=towards)
+    own = casts[0].pulled[PULL][1]
+    assert result.subnetwork.mask == own.mask
+    assert result.report["one_turn"]["per_question"]["kl"] == pytest.approx(own.test.tolist(), abs=1e-4)
 
 
 def test_a_finished_run_learns_nothing_again(
-    cast: Cast, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    casts: list[Cast], new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unions, "sculpted", None)
-    again = _sculpted(new_run(), PEOPLE)
-    assert tables([again], ["Wyn", "Hob", "Tib"]) == tables([cast], ["Wyn", "Hob", "Tib"])
-    assert [one.mask for one in again.pulled[PULL]] == [one.mask for one in cast.pulled[PULL]]
+    monkeypatch.setattr(Run, "_learn", None)
+    again = _learned_by(new_run(), PEOPLE)
+    assert tables(again, ["Wyn", "Hob", "Tib"]) == tables(casts, ["Wyn", "Hob", "Tib"])
+    for one, other in zip(again, casts, strict=True):
+        assert [each.mask for each in one.pulled[PULL]] == [each.mask for each in other.pulled[PULL]]
 
 
 def test_another_cast_or_other_numbers_are_learned_anew_from_the_same_answers(
-    cast: Cast, new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    casts: list[Cast], new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names: list[str] = []
-    sculpted = unions.sculpted
+    asked: list[tuple[str, float, float]] = []
+    learn = Run._learn
 
-    def watched(spec: SculptSpec, *rest: Any, name: str, **keywords: Any) -> Any:
-        names.append(name)
-        return sculpted(spec, *rest, name=name, **keywords)
+    def watched(self: Run, persona: tuple[str, str, str], wanted: Any) -> Any:
+        asked.extend((persona[0], one.sparsity, one.pull) for one in wanted)
+        return learn(self, persona, wanted)
 
-    answers = new_run()._workdir / "hob-answers" / "train_plain.jsonl"
+    answers = new_run()._workdir / "hob" / "answers" / "train_plain.jsonl"
     written = answers.stat().st_mtime_ns
-    monkeypatch.setattr(unions, "sculpted", watched)
-    _sculpted(new_run(), [PEOPLE[2], PEOPLE[1]])
-    assert [name.rsplit("-", 1)[0] for name in names] == [f"hob-0.5-{PULL}"]  # alone they were known
-    names.clear()
-    _sculpted(new_run(learning_rate=0.05), PEOPLE[1:2])
-    assert [name.rsplit("-", 1)[0] for name in names] == ["hob-0.5-0.0"]
+    monkeypatch.setattr(Run, "_learn", watched)
+    _learned_by(new_run(), [PEOPLE[2], PEOPLE[1]])
+    assert asked == [("hob", sparsity, PULL) for sparsity in SPARSITIES]  # alone they were known
+    asked.clear()
+    _learned_by(new_run(learning_rate=0.05), PEOPLE[1:2])
+    assert asked == [("hob", sparsity, 0.0) for sparsity in SPARSITIES]
     assert answers.stat().st_mtime_ns == written
+
+
+def test_a_base_without_a_prior_is_refused(base: Base, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="no prior"):
+        Run(base, PRESETS["smoke"], tmp_path)
 
 
 # --- the command
@@ -174,17 +208,16 @@ def test_another_cast_or_other_numbers_are_learned_anew_from_the_same_answers(
 class _Drawn:
     """In a run's place: everyone alone keeps other neurons than everyone pulled."""
 
-    prior = None
-
     def __init__(self, base: object, settings: SculptSettings, workdir: Path) -> None:
         pass
 
-    def add(self, persona: tuple[str, str, str], cast: Cast) -> None:
-        if len(cast.alone) == 3:
-            raise KeyboardInterrupt
-        cast.alone.append(_learned("xx.." if len(cast.alone) % 2 else "..xx"))
-        for before in cast.pulled.values():
-            before.append(_learned("xx.."))
+    def add(self, persona: tuple[str, str, str], casts: list[Cast]) -> None:
+        for cast in casts:
+            if len(cast.alone) == 3:
+                raise KeyboardInterrupt
+            cast.alone.append(_learned("xx.." if len(cast.alone) % 2 else "..xx"))
+            for before in cast.pulled.values():
+                before.append(_learned("xx.."))
 
 
 def test_a_killed_command_leaves_the_page_so_far(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -197,8 +230,8 @@ def test_a_killed_command_leaves_the_page_so_far(monkeypatch: pytest.MonkeyPatch
         unions.main()
     text = page.read_text("utf-8")
     assert f"`python benchmarks/unions.py {' '.join(arguments)}` on " in text
-    assert "The first 3 personas of the village. Short sculpts, 16 steps of\n16 branches" in text
-    assert "this base has no prior yet;\n48 validation and 48 test questions" in text
+    assert "The first 3 personas of the village. Short learning, 8 steps of\n8 branches" in text
+    assert "the base's prior;\n32 validation and 32 test questions" in text
     assert [line for line in text.splitlines() if line.startswith("## ")] == ["## 25% dropped", "## 50% dropped"]
     assert text.count("The first so many masks, pulled by 0.3:") == 2
 

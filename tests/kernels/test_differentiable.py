@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from masquerade_kernels.differentiable import attention, gated, norm
+from masquerade_kernels import differentiable
+from masquerade_kernels.differentiable import attention, gated, linear, norm
 
 Made = list[torch.Tensor]
 
@@ -99,6 +100,25 @@ def test_norm_is_x_by_its_root_mean_square(dtype: torch.dtype, close: float, row
     terms = upstream.double() * weight.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
     largest = max(1.0, float(exact_gradient.abs().max()), float(terms.abs().max()))
     torch.testing.assert_close(gradient, exact_gradient, rtol=close, atol=close * largest)
+
+
+@pytest.mark.parametrize("widened", [True, False])
+@settings(max_examples=15, deadline=None)
+@given(rows=st.integers(1, 70), width=st.integers(1, 67), outputs=st.integers(1, 40), seed=st.integers(0, 999))
+def test_linear_and_its_gradients_are_float32_s_rounded_once(
+    widened: bool, rows: int, width: int, outputs: int, seed: int
+) -> None:
+    made = _made(seed, (2, rows, width), (outputs, width), (outputs,), (2, rows, outputs))
+    *inputs, upstream = (one.bfloat16() for one in made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(differentiable, "multiplies_float32_faster", lambda: widened)
+        found = _with_gradients(linear, inputs, [torch.bfloat16] * 3, upstream)
+        frozen = _with_gradients(lambda x: linear(x, *inputs[1:]), inputs[:1], [torch.bfloat16], upstream)
+    exact = _with_gradients(F.linear, inputs, [torch.float64] * 3, upstream)
+    for one, other in zip(found, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=8e-3, atol=4e-3 * max(1.0, float(other.abs().max())))
+    for one, other in zip(frozen, found[:2], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_gradients_may_come_in_any_layout() -> None:
