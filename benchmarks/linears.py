@@ -1,9 +1,10 @@
-"""Linear layers at decoding's numbers of rows: compiled dot products, oneDNN's layout, plain torch, int8, in turn.
+"""Linear layers at decoding's numbers of rows: plain torch, oneDNN's layout, our compiled loops and int8, in turn.
 
     python benchmarks/linears.py --out benchmarks/results/linears.md
 
 Shapes are SmolLM2-135M's, whole and at half of the FFN. Each kind has as many weights as no cache holds (80 MB), and
-they are read one after another, as a step does.
+they are read one after another, as a step does. *Dot products* and *widened* are our loops with products of bf16 and of
+float32; the engine takes what is faster on its CPU.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def measured(shape: tuple[int, int], turns: int) -> dict[str, list[float]]:
         "oneDNN": [PackedLinear(weight) for weight in weights],
     }
     if can_dot(weights[0]):
-        kinds["dot products"] = [DotLinear(weight) for weight in weights]
+        kinds["dot products"] = [DotLinear(weight, products=torch.bfloat16) for weight in weights]
+        kinds["widened"] = [DotLinear(weight, products=torch.float32) for weight in weights]
     if can_run_int8("cpu"):
         kinds["int8"] = [Int8Linear(weight) for weight in weights]
     figures: dict[str, list[float]] = {kind: [] for kind in kinds}

@@ -22,9 +22,13 @@ def has_dot_products() -> bool:
 
 
 @functools.cache
-def host_name() -> str:
-    """LLVM's name for this CPU, such as `sapphirerapids` or `znver4`."""
-    return str(binding.get_host_cpu_name())
+def multiplies_float32_faster() -> bool:
+    """Whether this CPU takes longer for many products of bf16 than of float32.
+
+    Intel's bf16 dot products start once in two cycles and float32's twice a cycle, so that without its matrix unit
+    (AMX, which a virtual machine may be denied) bf16 is half as fast (benchmarks/linears.py). AMD's Zen 4 is not so.
+    """
+    return has_dot_products() and not binding.get_host_cpu_name().startswith("znver")
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -40,7 +44,7 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-HALF, WORD, LONG = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+HALF, WORD, LONG, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 SUMS = ir.VectorType(ir.FloatType(), LANES)
 PAIRS = ir.VectorType(WORD, LANES)
 HALVES = ir.VectorType(HALF, 2 * LANES)
@@ -90,6 +94,22 @@ def dot(builder: Any, sums: Any, left: Any, right: Any) -> Any:
     function = ir.FunctionType(SUMS, [SUMS, _BF16, _BF16])
     product = cgutils.get_or_insert_function(builder.module, function, "llvm.x86.avx512bf16.dpbf16ps.512")
     return builder.call(product, [sums, builder.bitcast(left, _BF16), builder.bitcast(right, _BF16)])
+
+
+def widened(builder: Any, pairs: Any) -> tuple[Any, Any]:
+    """The first and the second of each pair of bf16, as float32."""
+    sixteen, upper = (ir.Constant(PAIRS, [value] * LANES) for value in (16, 0xFFFF0000))
+    halves = builder.shl(pairs, sixteen), builder.and_(pairs, upper)
+    first, second = (builder.bitcast(half, SUMS) for half in halves)
+    return first, second
+
+
+def multiply_add(builder: Any, left: Any, right: Any, sums: Any) -> Any:
+    """`left * right + sums`, rounded once."""
+    function = ir.FunctionType(SUMS, [SUMS, SUMS, SUMS])
+    return builder.call(
+        cgutils.get_or_insert_function(builder.module, function, "llvm.fma.v16f32"), [left, right, sums]
+    )
 
 
 def shuffle(builder: Any, left: Any, right: Any, lanes: Sequence[int]) -> Any:

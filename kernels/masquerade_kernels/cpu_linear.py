@@ -2,7 +2,8 @@
 
 oneDNN's product costs 19 us a call before it computes anything, a hundred times a step, and compiles a kernel for each
 number of rows. These loops cost 3 us and take any number. A row's sums are taken in one order whatever rows stand
-beside it, so that its output is the same to the bit alone and in a batch.
+beside it, so that its output is the same to the bit alone and in a batch. Where float32 is multiplied faster
+(`cpu_dots.multiplies_float32_faster`) weights are widened on their way from memory, and rows come widened.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ def gated_loop(num_threads: int) -> Loop:
 
 
 @intrinsic
-def _dot_products(
+def _products(
     context: Any,
+    wide: Any,  # 0 or 1: whether x is float32
     num_rows: Any,  # 1 to 16
-    x_at: Any,  # bf16 [num_rows, 2 num_pairs]
+    x_at: Any,  # bf16 or float32 [num_rows, 2 num_pairs]
     weights_at: Any,  # [num_pairs, 16] pairs
     num_pairs: Any,
     sums_at: Any,  # float32 [num_rows, 16]
@@ -66,24 +68,29 @@ def _dot_products(
     """Products of a few rows with one vector of outputs, summed in registers."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        count, *others = arguments
+        is_wide, count, *others = arguments
         after = builder.append_basic_block("summed")
-        cases = [builder.append_basic_block(f"rows{rows}") for rows in range(1, _MOST_ROWS + 1)]
-        switch = builder.switch(count, cases[-1])
-        for rows, block in enumerate(cases, start=1):
+        kinds = [(widened, rows) for widened in (0, 1) for rows in range(1, _MOST_ROWS + 1)]
+        cases = [builder.append_basic_block(f"rows{rows}") for _, rows in kinds]
+        number = builder.add(dots.times(builder, is_wide, _MOST_ROWS), count)
+        switch = builder.switch(number, cases[-1])
+        for case, ((widened, rows), block) in enumerate(zip(kinds, cases, strict=True), start=1):
             if block is not cases[-1]:
-                switch.add_case(dots.long(rows), block)
+                switch.add_case(dots.long(case), block)
             builder.position_at_end(block)
-            _sum_rows(builder, rows, *others)
+            _sum_rows(builder, bool(widened), rows, *others)
             builder.branch(after)
         builder.position_at_end(after)
         return context.get_dummy_value()
 
-    return types.void(num_rows, x_at, weights_at, num_pairs, sums_at), generate
+    return types.void(wide, num_rows, x_at, weights_at, num_pairs, sums_at), generate
 
 
-def _sum_rows(builder: Any, num_rows: int, x_at: Any, weights_at: Any, num_pairs: Any, sums_at: Any) -> None:
+def _sum_rows(
+    builder: Any, wide: bool, num_rows: int, x_at: Any, weights_at: Any, num_pairs: Any, sums_at: Any
+) -> None:
     """Emit the loop over the pairs of inputs for one number of rows."""
+    pair_bytes = 8 if wide else 4
     before, loop = builder.block, builder.append_basic_block("pairs")
     after = builder.append_basic_block("stored")
     builder.branch(loop)
@@ -94,11 +101,22 @@ def _sum_rows(builder: Any, num_rows: int, x_at: Any, weights_at: Any, num_pairs
     at = builder.add(weights_at, dots.times(builder, pair, 4 * LANES))
     weights = dots.load(builder, at, dots.PAIRS)
     dots.fetch(builder, builder.add(at, dots.long(_AHEAD)))
-    column = builder.add(x_at, dots.times(builder, pair, 4))
+    column = builder.add(x_at, dots.times(builder, pair, pair_bytes))
+    halves = dots.widened(builder, weights) if wide else None
     summed = []
     for row, one in enumerate(sums):
-        word = dots.load(builder, builder.add(column, dots.times(builder, num_pairs, 4 * row)), dots.WORD)
-        summed.append(dots.dot(builder, one, weights, dots.in_all_lanes(builder, word)))
+        at = builder.add(column, dots.times(builder, num_pairs, pair_bytes * row))
+        if halves is None:
+            summed.append(
+                dots.dot(builder, one, weights, dots.in_all_lanes(builder, dots.load(builder, at, dots.WORD)))
+            )
+        else:
+            first, second = (
+                dots.in_all_lanes(builder, dots.load(builder, builder.add(at, dots.long(offset)), dots.FLOAT))
+                for offset in (0, 4)
+            )
+            of_first = dots.multiply_add(builder, halves[0], first, one)
+            summed.append(dots.multiply_add(builder, halves[1], second, of_first))
     following = builder.add(pair, dots.long(1))
     pair.add_incoming(dots.long(0), before)
     pair.add_incoming(following, loop)
@@ -116,15 +134,17 @@ def _linear() -> Loop:
     def linear(
         num_products: int,  # of the whole call, multiplications
         num_rows: int,
+        wide: int,  # 0 or 1: whether x is float32
         num_pairs: int,  # of inputs
         out_features: int,
-        x_at: int,  # bf16 [num_rows, 2 num_pairs]
+        x_at: int,  # bf16 or float32 [num_rows, 2 num_pairs]
         weights_at: int,  # as `in_blocks` lays them out
         bias_at: int,  # float32 [out_features]; 0: none
         out_at: int,  # bf16 [num_rows, out_features]
     ) -> None:
         """`out = x Wᵀ + bias`, rounded once."""
         bias = carray(pointer(bias_at), (out_features,), np.float32)
+        row_bytes = num_pairs * (8 if wide else 4)
         for block in prange((out_features + LANES - 1) // LANES):
             sums = np.empty((_MOST_ROWS, LANES), np.float32)
             first = block * LANES
@@ -132,7 +152,7 @@ def _linear() -> Loop:
             weights = weights_at + block * num_pairs * 4 * LANES
             for start in range(0, num_rows, _MOST_ROWS):
                 taken = min(_MOST_ROWS, num_rows - start)
-                _dot_products(taken, x_at + start * num_pairs * 4, weights, num_pairs, sums.ctypes.data)
+                _products(wide, taken, x_at + start * row_bytes, weights, num_pairs, sums.ctypes.data)
                 if bias_at != 0:
                     for r in range(taken):
                         for lane in range(width):
@@ -155,9 +175,10 @@ def _gated() -> Loop:
     def gated(
         num_products: int,  # of the whole call, multiplications
         num_rows: int,
+        wide: int,  # 0 or 1: whether x is float32
         num_pairs: int,  # of inputs
         num_neurons: int,  # a multiple of 16
-        x_at: int,  # bf16 [num_rows, 2 num_pairs]
+        x_at: int,  # bf16 or float32 [num_rows, 2 num_pairs]
         weights_at: int,  # the gates' outputs, then the ups', as `in_blocks` lays them out
         coefficients_at: int,  # float32 [.., num_neurons]; 0: all of them 1
         personas_at: int,  # int64 [num_rows]: rows of `coefficients`
@@ -165,18 +186,18 @@ def _gated() -> Loop:
     ) -> None:
         """`out = silu(x Gᵀ) * (x Uᵀ) * coefficient`, rounded once."""
         personas = carray(pointer(personas_at), (num_rows,), np.int64)
-        block_bytes = num_pairs * 4 * LANES
+        block_bytes, row_bytes = num_pairs * 4 * LANES, num_pairs * (8 if wide else 4)
         ups_at = weights_at + num_neurons // LANES * block_bytes
         for block in prange(num_neurons // LANES):
             gates, ups = np.empty((_MOST_ROWS, LANES), np.float32), np.empty((_MOST_ROWS, LANES), np.float32)
             first, at = block * LANES, block * block_bytes
             for start in range(0, num_rows, _MOST_ROWS):
-                taken, x_rows_at = min(_MOST_ROWS, num_rows - start), x_at + start * num_pairs * 4
+                taken, x_rows_at = min(_MOST_ROWS, num_rows - start), x_at + start * row_bytes
                 if coefficients_at != 0:  # a line of each row's own, which come while the products are summed
                     for r in range(taken):
                         prefetch(coefficients_at + (personas[start + r] * num_neurons + first) * 4)
-                _dot_products(taken, x_rows_at, weights_at + at, num_pairs, gates.ctypes.data)
-                _dot_products(taken, x_rows_at, ups_at + at, num_pairs, ups.ctypes.data)
+                _products(wide, taken, x_rows_at, weights_at + at, num_pairs, gates.ctypes.data)
+                _products(wide, taken, x_rows_at, ups_at + at, num_pairs, ups.ctypes.data)
                 for r in range(taken):
                     gate, up = gates[r], ups[r]
                     for lane in range(LANES):

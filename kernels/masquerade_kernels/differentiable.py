@@ -7,7 +7,6 @@ layers are torch's in whichever type the processor multiplies faster.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -62,7 +61,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Products of bf16 are computed in float32 where that is faster, which rounds no more than bf16 with its float32 sums.
     """
-    if x.device.type == "cpu" and x.dtype is torch.bfloat16 and multiplies_float32_faster():
+    if x.device.type == "cpu" and x.dtype is torch.bfloat16 and _multiplies_float32_faster():
         widened: torch.Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return widened
     return F.linear(x, weight, bias)
@@ -70,21 +69,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def for_many_rows(weight: torch.Tensor) -> torch.Tensor:
     """The weight in the type that this device multiplies many rows with fastest: its own, or float32."""
-    slow = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and multiplies_float32_faster()
+    slow = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and _multiplies_float32_faster()
     return weight.float() if slow else weight
 
 
-@functools.cache
-def multiplies_float32_faster() -> bool:
-    """Whether this CPU takes longer for many products of bf16 than of float32.
+def _multiplies_float32_faster() -> bool:
+    from masquerade_kernels.cpu_dots import multiplies_float32_faster  # noqa: PLC0415  (numba: CUDA needs none)
 
-    Intel's bf16 dot products start once in two cycles and float32's twice a cycle, so that without its matrix unit
-    (AMX, which a virtual machine may be denied) bf16 is half as fast (benchmarks/learning_loops.py). AMD's Zen 4 is not
-    so.
-    """
-    from masquerade_kernels.cpu_dots import has_dot_products, host_name  # noqa: PLC0415  (numba: CUDA needs none)
-
-    return has_dot_products() and not host_name().startswith("znver")
+    return multiplies_float32_faster()
 
 
 def _has_loops(x: torch.Tensor) -> bool:

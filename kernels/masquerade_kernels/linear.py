@@ -60,11 +60,19 @@ class DotLinear(nn.Module):
     (benchmarks/linears.py).
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """`weight` is `[out_features, in_features]`, `bias` `[out_features]`; neither is kept by reference."""
-        from masquerade_kernels.cpu_linear import gated_loop, in_blocks, linear_loop  # noqa: PLC0415  (numba: a second of import)
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None = None, *, products: torch.dtype | None = None
+    ) -> None:
+        """`weight` is `[out_features, in_features]`, `bias` `[out_features]`; neither is kept by reference.
+
+        `products` are of bf16 or of float32, to which both sides are widened as they are read; by default of what this
+        CPU multiplies faster.
+        """
+        from masquerade_kernels.cpu_dots import multiplies_float32_faster  # noqa: PLC0415  (numba: a second of import)
+        from masquerade_kernels.cpu_linear import gated_loop, in_blocks, linear_loop  # noqa: PLC0415
 
         super().__init__()
+        self._wide = multiplies_float32_faster() if products is None else products is torch.float32
         self._loop_for, self._gated_loop_for = linear_loop, gated_loop
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
@@ -75,13 +83,14 @@ class DotLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[num_rows, in_features]` to `[num_rows, out_features]`; `x` has the weight's dtype."""
         assert x.dtype == self.dtype, f"a {self.dtype} linear was given {x.dtype}"
-        x = x.contiguous()
         num_rows = x.shape[0]
         output = x.new_empty(num_rows, self.out_features)
+        x = self._multiplied(x)
         loop = self._loop_for(torch.get_num_threads())  # of the thread that calls, not of the one that packed
         loop(
             num_rows * self.in_features * self.out_features,
             num_rows,
+            int(self._wide),
             self.in_features // 2,
             self.out_features,
             x.data_ptr(),
@@ -102,9 +111,9 @@ class DotLinear(nn.Module):
         Arguments as at `RowOps.swiglu`, which this is in one pass with the products, rounded once.
         """
         assert x.dtype == self.dtype, f"a {self.dtype} linear was given {x.dtype}"
-        x = x.contiguous()
         num_rows, num_neurons = x.shape[0], self.out_features // 2
         output = x.new_empty(num_rows, num_neurons)
+        x = self._multiplied(x)
         scales = (0, 0)
         if coefficients is not None and personas is not None:
             scales = (coefficients.data_ptr(), personas.data_ptr())
@@ -112,6 +121,7 @@ class DotLinear(nn.Module):
         loop(
             num_rows * self.in_features * self.out_features,
             num_rows,
+            int(self._wide),
             self.in_features // 2,
             num_neurons,
             x.data_ptr(),
@@ -120,6 +130,10 @@ class DotLinear(nn.Module):
             output.data_ptr(),
         )
         return output
+
+    def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
+        """The rows as the loops take them."""
+        return x.float().contiguous() if self._wide else x.contiguous()
 
 
 class Int8Linear(nn.Module):

@@ -111,7 +111,7 @@ def test_linear_and_its_gradients_are_float32_s_rounded_once(
     made = _made(seed, (2, rows, width), (outputs, width), (outputs,), (2, rows, outputs))
     *inputs, upstream = (one.bfloat16() for one in made)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(differentiable, "multiplies_float32_faster", lambda: widened)
+        patch.setattr(differentiable, "_multiplies_float32_faster", lambda: widened)
         found = _with_gradients(linear, inputs, [torch.bfloat16] * 3, upstream)
         frozen = _with_gradients(lambda x: linear(x, *inputs[1:]), inputs[:1], [torch.bfloat16], upstream)
     exact = _with_gradients(F.linear, inputs, [torch.float64] * 3, upstream)

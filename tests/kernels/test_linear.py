@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +11,8 @@ from masquerade_kernels import PackedLinear
 from masquerade_kernels.linear import DotLinear, Int8Linear, can_dot, pack_linear, padded_rows
 
 DOTS = can_dot(torch.zeros(16, 16).bfloat16())
-BF16_LINEARS = [PackedLinear, DotLinear] if DOTS else [PackedLinear]
+DOT_LINEARS = [partial(DotLinear, products=dtype) for dtype in (torch.bfloat16, torch.float32)] if DOTS else []
+BF16_LINEARS: list[Callable[..., PackedLinear | DotLinear]] = [PackedLinear, *DOT_LINEARS]
 
 
 @pytest.mark.parametrize("linear", BF16_LINEARS)
@@ -16,7 +20,7 @@ BF16_LINEARS = [PackedLinear, DotLinear] if DOTS else [PackedLinear]
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 32), (77, 46), (1, 6), (130, 96), (600, 1024)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_bf16_is_the_rounded_float64_product(
-    linear: type[PackedLinear | DotLinear], rows: int, out_features: int, in_features: int, bias: bool
+    linear: Callable[..., PackedLinear | DotLinear], rows: int, out_features: int, in_features: int, bias: bool
 ) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight = torch.randn(out_features, in_features, generator=generator).bfloat16()
@@ -38,8 +42,8 @@ def test_an_odd_number_of_inputs_is_computed_too() -> None:
 @pytest.mark.parametrize("others", [1, 2, 7, 15, 16, 40])
 def test_a_row_is_the_same_to_the_bit_in_any_batch(others: int) -> None:
     weight, x = torch.randn(600, 1024).bfloat16(), torch.randn(1 + others, 1024).bfloat16()
-    linear = pack_linear(weight)
-    if isinstance(linear, DotLinear):
+    for kind in DOT_LINEARS:
+        linear = kind(weight)
         assert torch.equal(linear(x)[-1:], linear(x[-1:]))
 
 
@@ -76,18 +80,18 @@ def test_rows_are_counted_in_steps(rows: int, computed: int) -> None:
 
 
 @pytest.mark.parametrize("linear", BF16_LINEARS)
-def test_no_rows_are_no_rows(linear: type[PackedLinear | DotLinear]) -> None:
+def test_no_rows_are_no_rows(linear: Callable[..., PackedLinear | DotLinear]) -> None:
     assert linear(torch.randn(24, 16).bfloat16())(torch.empty(0, 16).bfloat16()).shape == (0, 24)
 
 
 @pytest.mark.parametrize("linear", BF16_LINEARS)
-def test_another_dtype_is_our_own_mistake(linear: type[PackedLinear | DotLinear]) -> None:
+def test_another_dtype_is_our_own_mistake(linear: Callable[..., PackedLinear | DotLinear]) -> None:
     with pytest.raises(AssertionError, match="bfloat16"):
         linear(torch.randn(8, 8).bfloat16())(torch.randn(1, 8))
 
 
 @pytest.mark.parametrize("linear", BF16_LINEARS)
-def test_bytes_are_those_of_the_weight(linear: type[PackedLinear | DotLinear]) -> None:
+def test_bytes_are_those_of_the_weight(linear: Callable[..., PackedLinear | DotLinear]) -> None:
     assert linear(torch.randn(32, 16).bfloat16()).num_bytes == 32 * 16 * 2
 
 
@@ -107,17 +111,15 @@ def test_a_gated_linear_is_the_rounded_float64_activation(rows: int, scaled: boo
     x = (0.1 * torch.randn(rows, hidden, generator=generator)).bfloat16()
     coefficients = torch.randn(3, num_neurons, generator=generator) if scaled else None
     personas = torch.randint(0, 3, (rows,), generator=generator) if scaled else None
-    linear = pack_linear(weight)
-    if not isinstance(linear, DotLinear):  # elsewhere the activation is a pass of its own
-        assert not DOTS
-        return
-    assert linear.can_gate
-    found = linear.gated(x, coefficients, personas)
     gate, up = F.linear(x.double(), weight.double()).chunk(2, dim=-1)
     exact = F.silu(gate) * up
     if coefficients is not None and personas is not None:
         exact = exact * coefficients[personas].double()
-    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
+    for kind in DOT_LINEARS:  # elsewhere the activation is a pass of its own
+        linear = kind(weight)
+        assert linear.can_gate
+        found = linear.gated(x, coefficients, personas)
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
     assert torch.equal(linear.gated(x[-1:], coefficients, None if personas is None else personas[-1:]), found[-1:])
 
 
