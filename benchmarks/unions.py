@@ -44,7 +44,7 @@ from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import averaged_ranks
 from masquerade_pruner.instructions import load_instructions
 from masquerade_pruner.losses import chunked_kl
-from masquerade_pruner.mask_learning import MaskLearner, Planted, dense_states
+from masquerade_pruner.mask_learning import MaskLearner, Planted, dense_states, warm_cosine
 from masquerade_pruner.prior import prior_of
 from masquerade_pruner.tree import TreeContext, head_weight, masked, run_tree
 from masquerade_pruner.workdir import Workdir
@@ -155,8 +155,9 @@ class Run:
         learners = [self._learner(one, dense) for one in wanted]
         best = [learner.mask() for learner in learners]
         order = Epochs(given.train, settings.branches_per_step, 0)
+        moving = [learner for learner in learners if learner.may_move()]
         for number in range(1, settings.steps + 1):
-            for learner in learners:
+            for learner in moving:
                 learner.step(order.batch(number - 1))
             if number % settings.validate_every == 0 or number == settings.steps:
                 masks = [learner.mask() for learner in learners]
@@ -214,6 +215,17 @@ class _Learner(MaskLearner):
     def __init__(self, *args: Any, dense: _Dense, **named: Any) -> None:
         super().__init__(*args, **named)
         self._dense = dense
+
+    def may_move(self) -> bool:
+        """Whether any neuron that the first mask drops could rise past one that it keeps, which stand still.
+
+        A step of damped Adam is at most some 1.2 learning rates long.
+        """
+        reach = 1.5 * sum(self._learning_rate * warm_cosine(step, self._steps) for step in range(self._steps))
+        chosen_by, kept = self.scores.detach() + self._pull, self.mask() > 0
+        lowest = chosen_by.masked_fill(~kept, torch.inf).amin(dim=1)
+        highest = chosen_by.masked_fill(kept, -torch.inf).amax(dim=1)
+        return bool((lowest - highest < reach).any())
 
     def _loss_of(self, planted: Planted) -> torch.Tensor:
         context = TreeContext(planted.tree, self.training_mask())

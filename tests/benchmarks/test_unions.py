@@ -149,19 +149,21 @@ def test_pulled_masks_have_the_smaller_union(casts: list[Cast]) -> None:
         assert all(len(one.test) == 4 and one.test.mean() > 0 and one.validation > 0 for one in everybody)
 
 
-def test_a_mask_is_the_sculptor_s_own(
-    casts: list[Cast], new_run: Callable[..., Run], base: Base, tmp_path: Path
+@pytest.mark.parametrize("rate", [0.09, 0.005])
+def test_a_mask_is_the_sculptor_s_own_whether_steps_can_move_it_or_not(
+    rate: float, new_run: Callable[..., Run], base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = new_run()
-    towards = [one.mask for one in casts[0].pulled[PULL][:1]]
-    spec = SculptSpec(
-        *PEOPLE[1],
-        sparsity=SPARSITIES[0],
-        numbers=replace(run._settings, cast_pull=PULL),
-        instructions=run._instructions,
-    )
+    moved: list[bool] = []
+    may_move = unions._Learner.may_move
+    monkeypatch.setattr(unions._Learner, "may_move", lambda self: moved.append(may_move(self)) or moved[-1])
+    run = new_run(learning_rate=rate)
+    cast = _learned_by(run, PEOPLE[:2])[0]
+    assert set(moved) == ({True} if rate == 0.09 else {True, False})
+    towards = [one.mask for one in cast.pulled[PULL][:1]]
+    numbers = replace(run._settings, cast_pull=PULL)
+    spec = SculptSpec(*PEOPLE[1], sparsity=SPARSITIES[0], numbers=numbers, instructions=run._instructions)
     result = sculpt(spec, base, tmp_path, cache_dir=run._workdir / "cache", cast=towards)
-    own = casts[0].pulled[PULL][1]
+    own = cast.pulled[PULL][1]
     assert result.subnetwork.mask == own.mask
     assert result.report["one_turn"]["per_question"]["kl"] == pytest.approx(own.test.tolist(), abs=1e-4)
 
