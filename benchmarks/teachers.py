@@ -1,8 +1,9 @@
 """What a teacher is worth: one persona sculpted by the base's own answers and by those of other chat models.
 
-    python benchmarks/teachers.py                     # the base itself, and a server of it with two that rewrite
+    python benchmarks/teachers.py                             # the base itself, and a server of it with two that rewrite
     python benchmarks/teachers.py --teacher https://host/v1 weak --teacher https://host/v1 strong
-    python benchmarks/teachers.py --preset smoke      # a try-out
+    python benchmarks/teachers.py --steps 12 --questions 48   # half of the time
+    python benchmarks/teachers.py --preset smoke              # a try-out
 
 `--teacher URL MODEL` may be given several times; MASQUERADE_TEACHER_API_KEY is sent to each. Without one, a Masquerade
 server of the bundled model is started, with a persona that rewrites neutral answers: by the whole model, which is about
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from masquerade_client import Masquerade
 from masquerade_engine.base import BUNDLED, Base, load_base
 from masquerade_engine.threads import available_cores
 from masquerade_masks import Mask, TeacherError, round_kept
-from masquerade_pruner import PRESETS, Progress, SculptResult, SculptSpec, sculpt
+from masquerade_pruner import PRESETS, Progress, SculptResult, SculptSettings, SculptSpec, sculpt
 from masquerade_pruner.bootstrap import mean_interval
 from masquerade_pruner.examples import Example, read_examples
 from masquerade_pruner.held_out import HeldOut
@@ -83,6 +84,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--persona", default="marta-brewer", help="a ready persona's id, or a text file (%(default)s)")
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--preset", choices=list(PRESETS), default="default")
+    parser.add_argument("--steps", type=int, help="of every mask; default: the preset's")
+    parser.add_argument("--questions", type=int, help="of validation and of test, at most; default: the preset's")
     parser.add_argument("--workdir", type=Path, default=Path(tempfile.gettempdir()) / "masquerade-teachers")
     parser.add_argument("--cache-dir", type=Path, default=CACHE_DIR, help="holds the converted base (%(default)s)")
     parser.add_argument("--out", type=Path, help="write the tables here as well, as Markdown")
@@ -129,10 +132,11 @@ def _half(base: Base, cache_dir: Path) -> Mask:
 def _taught(base: Base, options: argparse.Namespace, label: str, settings: TeacherSettings | None) -> Taught:
     persona_id, name, text = _persona(options.persona)
     kind = "base" if settings is None else "remote"
-    spec = SculptSpec(persona_id, name, text, sparsity=options.sparsity, preset=options.preset, teacher=kind)
+    numbers = _numbers(options)
+    spec = SculptSpec(persona_id, name, text, sparsity=options.sparsity, teacher=kind, numbers=numbers)
     folder = (
         options.workdir
-        / f"{persona_id}-{options.sparsity}-{options.preset}"
+        / f"{persona_id}-{options.sparsity}-{options.preset}-{numbers.steps}"
         / "".join(char if char.isalnum() else "-" for char in label)
     )
     with open_teacher(kind, settings, options.workdir) as teacher:
@@ -145,6 +149,20 @@ def _taught(base: Base, options: argparse.Namespace, label: str, settings: Teach
             progress=lambda news: _show(label, news),
         )
     return Taught(result, read_examples(folder / "answers" / "test.jsonl"))
+
+
+def _numbers(options: argparse.Namespace) -> SculptSettings:
+    """The preset's, as far as they are not given."""
+    preset = PRESETS[options.preset]
+    most = options.questions or max(preset.num_validation, preset.num_test)
+    return replace(
+        preset,
+        steps=options.steps or preset.steps,
+        num_validation=min(most, preset.num_validation),
+        num_test=min(most, preset.num_test),
+        num_test_scenes=min(most, preset.num_test_scenes),
+        num_free_running=min(most, preset.num_free_running),
+    )
 
 
 def _persona(wanted: str) -> tuple[str, str, str]:
@@ -171,7 +189,8 @@ def _table(base: Base, taught: dict[str, Taught], failed: dict[str, str], option
         "",
         f"`python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}` on {machine()}",
         "",
-        f"`{options.persona}` at {options.sparsity:.0%}, preset {options.preset}.",
+        f"`{options.persona}` at {options.sparsity:.0%}, preset {options.preset}: {_numbers(options).steps} steps, "
+        f"{_numbers(options).num_test} test questions.",
         "",
         "| teacher | asked | usable | cut | dropped | loss | gap closed over the better baseline | s |",
         "|" + " --- |" * 8,
