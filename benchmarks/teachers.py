@@ -1,6 +1,6 @@
 """What a teacher is worth: one persona sculpted by the base's own answers and by those of other chat models.
 
-    python benchmarks/teachers.py                             # the base itself, and a server of it with two that rewrite
+    python benchmarks/teachers.py                             # the base, and a server of it with two that rewrite
     python benchmarks/teachers.py --teacher https://host/v1 weak --teacher https://host/v1 strong
     python benchmarks/teachers.py --steps 12 --questions 48   # half of the time
     python benchmarks/teachers.py --preset smoke              # a try-out

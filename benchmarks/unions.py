@@ -2,7 +2,7 @@
 
     python benchmarks/unions.py --quick                      # minutes: two personas in few steps, to try it
     python benchmarks/unions.py --personas 8 --sparsity 0.5  # some 15 minutes, two cores
-    python benchmarks/unions.py --pull 0.05 0.1 0.2 --out unions.md
+    python benchmarks/unions.py --pull 0.3 1 --out unions.md
 
 The personas of benchmarks/casts/village.json learn in their order from one set of answers each, masks of every sparsity
 together: *alone*, and *pulled* towards the pulled masks of those before. KL to the dense persona model is read on
@@ -44,7 +44,7 @@ from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import averaged_ranks
 from masquerade_pruner.instructions import load_instructions
 from masquerade_pruner.losses import chunked_kl
-from masquerade_pruner.mask_learning import MaskLearner, Planted, dense_states, warm_cosine
+from masquerade_pruner.mask_learning import MaskLearner, Planted, dense_states, reach
 from masquerade_pruner.prior import prior_of
 from masquerade_pruner.tree import TreeContext, head_weight, masked, run_tree
 from masquerade_pruner.workdir import Workdir
@@ -137,8 +137,7 @@ class Run:
             "persona": persona,
             "sparsity": one.sparsity,
             "prior": self.prior.digest(kept),
-            "settings": asdict(self._settings),
-            "pull": one.pull,
+            "settings": asdict(replace(self._settings, cast_pull=one.pull)),
             "cast": [hashlib.sha256(mask.bits.tobytes()).hexdigest() for mask in one.towards],
         }
         digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
@@ -181,7 +180,7 @@ class Run:
             steps=self._settings.steps,
             learning_rate=self._settings.learning_rate,
             dropped_alone=True,
-            pull=one.pull * usage,
+            pull=one.pull * reach(self._settings.steps, self._settings.learning_rate) * usage,
             dense=dense,
         )
 
@@ -221,11 +220,11 @@ class _Learner(MaskLearner):
 
         A step of damped Adam is at most some 1.2 learning rates long.
         """
-        reach = 1.5 * sum(self._learning_rate * warm_cosine(step, self._steps) for step in range(self._steps))
+        most = 1.5 * reach(self._steps, self._learning_rate)
         chosen_by, kept = self.scores.detach() + self._pull, self.mask() > 0
         lowest = chosen_by.masked_fill(~kept, torch.inf).amin(dim=1)
         highest = chosen_by.masked_fill(kept, -torch.inf).amax(dim=1)
-        return bool((lowest - highest < reach).any())
+        return bool((lowest - highest < most).any())
 
     def _loss_of(self, planted: Planted) -> torch.Tensor:
         context = TreeContext(planted.tree, self.training_mask())
@@ -440,11 +439,12 @@ def _page(casts: Sequence[Cast], people: Personas, settings: SculptSettings) -> 
         f"{settings.branches_per_step} branches, from the base's prior;",
         f"{settings.num_validation} validation and {settings.num_test} test questions a persona, single turns, nothing",
         "free-running. *Union* is the share of neurons that any of the masks keeps, the mean over layers; *unrelated*",
-        "masks of share k have 1 - (1 - k)^n. *Pulled* masks were learned towards the pulled masks before them. KL to",
-        "the dense persona model in nats a token; *over alone* is the mean over personas of KL pulled / KL alone, all",
-        "but the first, who has nobody to be pulled towards, with its 95 % interval from a paired bootstrap over",
-        f"questions, nested in personas. A pull may cost {LIMIT - 1:.0%} on validation at each sparsity; of those that",
-        "may, the smallest union is chosen.",
+        "masks of share k have 1 - (1 - k)^n. *Pulled* masks were learned towards the pulled masks before them: to a",
+        "neuron that all of these keep, the pull adds so much of what the steps can add to a score (by 3 and more, no",
+        "step can overcome it). KL to the dense persona model in nats a token; *over alone* is the mean over personas",
+        "of KL pulled / KL alone, all but the first, who has nobody to be pulled towards, with its 95 % interval from",
+        "a paired bootstrap over questions, nested in personas. A pull may cost",
+        f"{LIMIT - 1:.0%} on validation at each sparsity; of those that may, the smallest union is chosen.",
         "",
         *tables(casts, [name for _, name, _ in people]),
         "",

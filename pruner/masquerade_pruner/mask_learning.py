@@ -261,6 +261,11 @@ def warm_cosine(step: int, steps: int) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def reach(steps: int, learning_rate: float) -> float:
+    """How far so many steps move a score that each of them moves by the whole learning rate the same way."""
+    return sum(learning_rate * warm_cosine(step, steps) for step in range(steps))
+
+
 @torch.no_grad()
 def dense_states(model: torch.nn.Module, planted: Planted) -> torch.Tensor:
     """The dense base's final states at the supervised rows, `[supervised, hidden]`."""

@@ -41,7 +41,7 @@ class SculptSettings:
     loss: Loss = "kl"
     start: Start = "prior"  # what scores start from; `importance` too where the base has no prior
     question_share: float = 0.0  # of an example's weight, for the tokens before its answer
-    cast_pull: float = 0.1  # added to a neuron's score, times the share of the cast's masks that keep it
+    cast_pull: float = 1.0  # of what the steps can add to a score, for a neuron that every mask of the cast keeps
     num_importance: int = 64  # examples that the initial scores are taken from
     num_validation: int = 48
     num_test: int = 150

@@ -29,7 +29,7 @@ from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
-from masquerade_pruner.mask_learning import METHOD, MaskLearner, top_k_mask
+from masquerade_pruner.mask_learning import METHOD, MaskLearner, reach, top_k_mask
 from masquerade_pruner.plan import Execution, Plan
 from masquerade_pruner.presets import OF_LEARNING, SculptSettings, SculptSpec, shortened
 from masquerade_pruner.prior import prior_of
@@ -409,7 +409,8 @@ class _Sculptor:
             for mask in cast:
                 saved["usage"] += torch.from_numpy(mask.to_dense()).float() / len(cast)
             self.learning.write_tensors("cast", saved)
-        return self.settings.cast_pull * saved["usage"]
+        rate = self.settings.rate(from_prior=self.prior is not None)
+        return self.settings.cast_pull * reach(self.settings.steps, rate) * saved["usage"]
 
     # 4. recover
 

@@ -25,7 +25,7 @@ PEOPLE = [
     ("hob", "Hob", "You grind corn and SHOUT."),
     ("tib", "Tib", "You mend boots and hate landlords."),
 ]
-PULL = 0.4
+PULL = 1.5
 SPARSITIES = (0.5, 0.3)
 
 
@@ -149,21 +149,28 @@ def test_pulled_masks_have_the_smaller_union(casts: list[Cast]) -> None:
         assert all(len(one.test) == 4 and one.test.mean() > 0 and one.validation > 0 for one in everybody)
 
 
-@pytest.mark.parametrize("rate", [0.09, 0.005])
+@pytest.mark.parametrize(("pull", "moved"), [(0.2, {True}), (9.0, {True, False})])
 def test_a_mask_is_the_sculptor_s_own_whether_steps_can_move_it_or_not(
-    rate: float, new_run: Callable[..., Run], base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pull: float,
+    moved: set[bool],
+    new_run: Callable[..., Run],
+    base: Base,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    moved: list[bool] = []
+    asked: list[bool] = []
     may_move = unions._Learner.may_move
-    monkeypatch.setattr(unions._Learner, "may_move", lambda self: moved.append(may_move(self)) or moved[-1])
-    run = new_run(learning_rate=rate)
-    cast = _learned_by(run, PEOPLE[:2])[0]
-    assert set(moved) == ({True} if rate == 0.09 else {True, False})
-    towards = [one.mask for one in cast.pulled[PULL][:1]]
-    numbers = replace(run._settings, cast_pull=PULL)
+    monkeypatch.setattr(unions._Learner, "may_move", lambda self: asked.append(may_move(self)) or asked[-1])
+    run, cast = new_run(learning_rate=0.09), Cast(SPARSITIES[0], [], {pull: []})
+    for persona in PEOPLE[:2]:
+        run.add(persona, [cast])
+    assert set(asked) <= moved
+    assert (asked[-1] is True) == (moved == {True})
+    towards = [one.mask for one in cast.pulled[pull][:1]]
+    numbers = replace(run._settings, cast_pull=pull)
     spec = SculptSpec(*PEOPLE[1], sparsity=SPARSITIES[0], numbers=numbers, instructions=run._instructions)
     result = sculpt(spec, base, tmp_path, cache_dir=run._workdir / "cache", cast=towards)
-    own = cast.pulled[PULL][1]
+    own = cast.pulled[pull][1]
     assert result.subnetwork.mask == own.mask
     assert result.report["one_turn"]["per_question"]["kl"] == pytest.approx(own.test.tolist(), abs=1e-4)
 
