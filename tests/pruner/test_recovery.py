@@ -14,6 +14,7 @@ import torch
 
 from masquerade_engine.base import Base
 from masquerade_engine.reference import reference_logits
+from masquerade_pruner import SculptSpec
 from masquerade_pruner.changes import Change, kept_weights, merged_weights
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
@@ -386,3 +387,10 @@ def test_question_tokens_are_supervised_where_that_is_asked(
         for share in (0.0, 0.5)
     ]
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("smoke", (4, 4)), ("default", (8, 24)), ("thorough", (120, 120))])
+def test_vectors_take_fewer_steps_where_more_gain_nothing(preset: str, steps: tuple[int, int]) -> None:
+    kinds: tuple[Recovery, ...] = ("vectors", "lora")
+    specs = [SculptSpec("wyn", "Wyn", "You row a ferry.", preset=preset, recovery=kind) for kind in kinds]
+    assert tuple(spec.settings.recovery.steps for spec in specs) == steps
