@@ -110,7 +110,10 @@ def answered(
     teacher: ChatModel | None = None,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Answered:
-    """The first two stages of `sculpt` by themselves, which a sculpt in the same directory need not do again."""
+    """The first two stages of `sculpt` by themselves, which a sculpt in the same directory need not do again.
+
+    Raises as `sculpt` does.
+    """
     directories = (workdir / "answers", workdir / "mask", workdir / "recovery")
     run = _Sculptor(spec, base, directories, cache_dir, Execution(), teacher, progress, lambda: False)
     with run.workshop():

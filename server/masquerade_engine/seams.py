@@ -82,7 +82,7 @@ class Linear(nn.Linear):
 
 
 def install_seams(model: nn.Module) -> nn.Module:
-    """Replace every decoder layer's MLP by a `PersonaFFN`, every norm by an `RMSNorm` and linears, in place."""
+    """Replace every decoder layer's MLP by a `PersonaFFN`, every norm by an `RMSNorm`, every linear by a `Linear`."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for name, plain in linears.items():
         _replace(model, name, Linear(plain))

@@ -120,7 +120,7 @@ def new_run(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
     scores = torch.rand(shape.num_layers, shape.intermediate_size, generator=torch.Generator().manual_seed(0))
     write_prior(prior_path(base, folder / "work" / "cache"), base, Prior({32: scores}), "random")
     settings = replace(
-        short(PRESETS["smoke"], steps=4), answer_tokens=6, num_validation=4, num_test=4, learning_rate=0.1
+        short(PRESETS["smoke"], steps=4), answer_tokens=6, num_validation=4, num_test=4, learning_rate=0.2
     )
     return lambda **changed: Run(base, replace(settings, **changed), folder / "work", questions)
 
@@ -141,8 +141,8 @@ def test_pulled_masks_have_the_smaller_union(casts: list[Cast]) -> None:
     for cast, kept in zip(casts, (32, 64), strict=True):
         pulled = cast.pulled[PULL]
         assert pulled[0] is cast.alone[0]
-        assert union_fraction(pulled) < union_fraction(cast.alone)
-        assert mean_jaccard(pulled) > mean_jaccard(cast.alone)
+        assert union_fraction(pulled) < union_fraction(cast.alone) - 0.02
+        assert mean_jaccard(pulled) > mean_jaccard(cast.alone) + 0.02
         everybody = (*pulled, *cast.alone)
         assert len(pulled) == len(cast.alone) == len(PEOPLE)
         assert {one.mask.kept for one in everybody} == {kept}

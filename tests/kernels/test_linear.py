@@ -120,7 +120,8 @@ def test_a_gated_linear_is_the_rounded_float64_activation(rows: int, scaled: boo
         assert linear.can_gate
         found = linear.gated(x, coefficients, personas)
         torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
-    assert torch.equal(linear.gated(x[-1:], coefficients, None if personas is None else personas[-1:]), found[-1:])
+        last = linear.gated(x[-1:], coefficients, None if personas is None else personas[-1:])
+        assert torch.equal(last, found[-1:])
 
 
 def test_a_gate_that_fills_no_vector_or_has_a_bias_is_not_taken_in_one_pass() -> None:
