@@ -223,7 +223,7 @@ def test_a_mask_is_pulled_towards_its_cast(
     alone = finished.subnetwork.mask
     order = np.random.default_rng(0).random((alone.num_layers, alone.intermediate_size)).argsort(axis=1)
     other = Mask.from_kept_indices(order[:, : alone.kept], alone.intermediate_size)
-    together = run_sculpt(tmp_path, cast=[other], numbers=replace(PRESETS["smoke"], cast_pull=8.0)).subnetwork.mask
+    together = run_sculpt(tmp_path, cast=[other], numbers=replace(PRESETS["smoke"], cast_pull=4.2)).subnetwork.mask
     assert _jaccard(together, other) > _jaccard(alone, other) + 0.02
 
 
