@@ -80,25 +80,14 @@ class Decoder:
         self._head = _fused([_linear(model, "lm_head")], int8)
 
     @torch.inference_mode()
-    def forward(
-        self,
-        token_ids: torch.Tensor,  # int64 [num_rows]
-        attention: StepAttention,
-        ffn: FFN,
-        keep: torch.Tensor,  # int64 [num_kept]: rows whose logits are wanted
-    ) -> torch.Tensor:
-        """Logits `[num_kept, vocab]`."""
-        return self.logits(self.hidden(token_ids, attention, ffn), keep)
-
-    @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """Logits `[num_kept, vocab]` of some rows of `hidden`'s output."""
-        logits: torch.Tensor = self._head(hidden.index_select(0, keep))
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[num_rows, vocab]` of rows of `hidden`'s output."""
+        logits: torch.Tensor = self._head(hidden)
         return logits
 
     @torch.inference_mode()
     def hidden(self, token_ids: torch.Tensor, attention: StepAttention, ffn: FFN) -> torch.Tensor:
-        """All layers and the last norm, `[num_rows, hidden]`."""
+        """All layers and the last norm, int64 `[num_rows]` to `[num_rows, hidden]`."""
         rows, layers = self._rows, self._layers
         x = F.embedding(token_ids, self._embedding)
         normed = rows.norm(x, layers[0].input_norm)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from masquerade_masks import SettingError, SubNetwork
+
+if TYPE_CHECKING:
+    import torch
 
 # `unloaded`: the persona's own FFN weights could not be loaded while the request waited.
 FinishReason = Literal["stop", "length", "cancelled", "error", "deadline", "unloaded"]
@@ -92,6 +95,7 @@ class Request:
     deadline_s: float | None = None
     prefill_only: bool = False  # end, with no token, once the prompt's whole blocks are in the prefix cache
     pin: bool = False  # and keep those blocks from eviction until the function is forgotten
+    return_hidden_states: bool = False  # with every token, what the head read to give its distribution
 
 
 def warm_request(request_id: str, function: PersonaFunction, prompt: tuple[int, ...], *, pin: bool = False) -> Request:
@@ -120,6 +124,7 @@ class TokenOutput:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_output_tokens: int
+    hidden_state: torch.Tensor | None = None  # [hidden], on the CPU, in the base's type; None where not asked for
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ from masquerade_engine.kv_cache import KVCache, KVGeometry
 from masquerade_engine.pack_cache import PackCache, Resident
 from masquerade_engine.sampler import Sampler
 from masquerade_engine.seams import persona_ffns
-from masquerade_engine.sequence import Batch, Chunk, SampledToken
+from masquerade_engine.sequence import Batch, Chunk, SampledToken, Sequence
 from masquerade_kernels.coefficients import BASE_ROW, CoefficientTable
 from masquerade_kernels.gathered import GatheredWeights, can_gather
 from masquerade_kernels.lora import lora_rows
@@ -98,18 +98,24 @@ class Runner:
         for copy in batch.loads:
             self._kv.load(copy.slot, copy.start, copy.blocks)
         sampling = batch.sampling
-        logits = self.logits(batch)
-        return self._sampler.sample(logits, sampling) if sampling else []
+        states = self.final_states(batch)
+        if not sampling:
+            return []
+        return _with_states(self._sampler.sample(self._decoder.logits(states), sampling), sampling, states)
 
-    @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """`[num_sampling, vocab]`, rows in the order of `batch.sampling`."""
+        return self._decoder.logits(self.final_states(batch))
+
+    @torch.inference_mode()
+    def final_states(self, batch: Batch) -> torch.Tensor:
+        """What the head reads of the rows that sample, `[num_sampling, hidden]`, in the order of `batch.sampling`."""
         # 1. Lay the rows out: decoding rows by slot, then chunks, as far as their packs allow.
         chunks, segments = self._planned(sorted(batch.chunks, key=_layout_order))
         by_slot = self._replayed(chunks)
         if by_slot is not None:
             slots = [sequence.slot for sequence in batch.sampling]
-            return self._decoder.logits(by_slot, torch.tensor(slots, dtype=torch.int64, device=self._device))
+            return by_slot.index_select(0, torch.tensor(slots, dtype=torch.int64, device=self._device))
         spans = _spans(chunks)
         tokens = [t for chunk in chunks for t in chunk.sequence.tokens[chunk.start : chunk.stop]]
         # 2. The rows that sample; only they reach the vocabulary.
@@ -118,12 +124,12 @@ class Runner:
         }
         keep = [last_row[id(sequence)] for sequence in batch.sampling]
         # 3. The pass.
-        return self._decoder.forward(
+        hidden = self._decoder.hidden(
             torch.tensor(tokens, device=self._device),
             self._attention(spans),
             lambda layer, hidden: run_persona_ffn(hidden, layer, segments, self._rows),
-            torch.tensor(keep, dtype=torch.int64, device=self._device),
         )
+        return hidden.index_select(0, torch.tensor(keep, dtype=torch.int64, device=self._device))
 
     def _replayed(self, chunks: list[Chunk]) -> torch.Tensor | None:
         """What the decoder leaves of the planned `chunks`, by slot; None where no graph was replayed."""
@@ -195,6 +201,17 @@ class Runner:
     def _personas(self, chunks: Rows[Chunk], row_of: dict[str | None, int]) -> torch.Tensor:
         """Int64 `[num_tokens]`: the row of the coefficients that each token's persona has."""
         return torch.tensor([row_of[digest] for digest in _digests(chunks)], device=self._device)
+
+
+def _with_states(sampled: list[SampledToken], sampling: Rows[Sequence], states: torch.Tensor) -> list[SampledToken]:
+    """The tokens, each with its row of `states` where the request asked for it."""
+    if not any(one.request.return_hidden_states for one in sampling):
+        return sampled
+    rows = states.cpu().unbind()
+    return [
+        replace(token, hidden_state=row) if one.request.return_hidden_states else token
+        for token, one, row in zip(sampled, sampling, rows, strict=True)
+    ]
 
 
 def _run(chunk: Chunk) -> Run:

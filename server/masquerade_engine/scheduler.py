@@ -400,6 +400,7 @@ class Scheduler:
             num_prompt_tokens=sequence.num_prompt,
             num_cached_tokens=sequence.num_cached,
             num_output_tokens=sequence.num_output,
+            hidden_state=sampled.hidden_state,
         )
 
     def _interpret(self, sequence: Sequence, token_id: int) -> tuple[str, FinishReason | None]:

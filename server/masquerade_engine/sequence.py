@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from masquerade_engine.detokenizer import Detokenizer
 from masquerade_engine.prefix_index import BLOCK, Namespace
 from masquerade_engine.requests import Request, SamplingParams
+
+if TYPE_CHECKING:
+    import torch
 
 # Levels: who goes first. A request's priority, and warming behind both.
 PLAYER, AMBIENT, WARMING = range(3)
@@ -172,3 +176,4 @@ class SampledToken:
     token_id: int
     logprob: float | None = None  # of the raw distribution
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    hidden_state: torch.Tensor | None = None  # what the head read, [hidden] on the CPU, where it was asked for

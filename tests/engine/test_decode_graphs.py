@@ -195,14 +195,15 @@ def test_whole_conversations_are_what_each_is_alone(
     functions = [make_function(base, seed, gain=seed == 1, bias=seed == 2) for seed in range(4)]
     functions.append(PersonaFunction("base", "town"))
     engine = make_engine(max_num_seqs=7, pack_cache_bytes=pack_cache_bytes)
-    logits, recorded = engine.runner.logits, []
+    final_states, recorded = engine.runner.final_states, []
 
     def record(batch: Batch) -> torch.Tensor:
-        rows = logits(batch)
+        states = final_states(batch)
+        rows = engine.runner._decoder.logits(states)
         recorded.extend((s.request.id, tuple(s.tokens), row) for s, row in zip(batch.sampling, rows, strict=True))
-        return rows
+        return states
 
-    monkeypatch.setattr(engine.runner, "logits", record)
+    monkeypatch.setattr(engine.runner, "final_states", record)
     engine.generate_all(
         Request(str(i), prompt_of(i, 4 + 7 * i), functions[i % 5], replace(GREEDY, max_tokens=30 - 2 * i))
         for i in range(11)

@@ -50,6 +50,19 @@ def ids(outputs: list[TokenOutput]) -> list[int | None]:
     return [output.token_id for output in outputs]
 
 
+def test_hidden_states_come_with_the_tokens_of_who_asked_for_them(
+    engine: Engine, tiny_base: Base, base_function: PersonaFunction, prompt_of: Prompt
+) -> None:
+    engine.add(Request("asked", prompt_of(1), base_function, GREEDY, return_hidden_states=True))
+    engine.add(Request("other", prompt_of(2), base_function, GREEDY))
+    outputs = run_out(engine)
+    states = [output.hidden_state for output in outputs["asked"]]
+    assert all(one is not None and one.dtype is tiny_base.dtype for one in states)
+    logits = torch.stack([one for one in states if one is not None]) @ tiny_base.build_model().lm_head.weight.T
+    assert logits.argmax(dim=-1).tolist() == ids(outputs["asked"])
+    assert all(output.hidden_state is None for output in outputs["other"])
+
+
 def test_generate_all_takes_more_than_the_queue_holds(
     engine: Engine, base_function: PersonaFunction, prompt_of: Prompt
 ) -> None:

@@ -278,14 +278,15 @@ def record_logits(
 ) -> list[dict[str, tuple[tuple[int, ...], torch.Tensor]]]:
     """From now on, each step's logits by request id, with the tokens that they follow."""
     recorded: list[dict[str, tuple[tuple[int, ...], torch.Tensor]]] = []
-    logits = engine.runner.logits
+    final_states = engine.runner.final_states
 
     def record(batch: Batch) -> torch.Tensor:
-        rows = logits(batch)
+        states = final_states(batch)
+        rows = engine.runner._decoder.logits(states)
         recorded.append({s.request.id: (tuple(s.tokens), row) for s, row in zip(batch.sampling, rows, strict=True)})
-        return rows
+        return states
 
-    monkeypatch.setattr(engine.runner, "logits", record)
+    monkeypatch.setattr(engine.runner, "final_states", record)
     return recorded
 
 

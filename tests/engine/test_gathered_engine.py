@@ -145,17 +145,18 @@ def test_a_mixed_batch_gives_each_what_it_gives_alone(
         packs, "_resident", packs.resident.without([key for key in packs.resident.packs if key not in own])
     )
     monkeypatch.setattr(engine.runner, "_costs", RowCosts(((1, 1.0), (2, 2.0))))
-    logits, recorded, sizes = engine.runner.logits, [], set()
+    final_states, recorded, sizes = engine.runner.final_states, [], set()
 
     def record(batch: Batch) -> torch.Tensor:
-        rows = logits(batch)
+        states = final_states(batch)
+        rows = engine.runner._decoder.logits(states)
         sizes.add(len(packs_of(engine)))
         recorded.extend((s.request.id, tuple(s.tokens), row) for s, row in zip(batch.sampling, rows, strict=True))
-        return rows
+        return states
 
-    monkeypatch.setattr(engine.runner, "logits", record)
+    monkeypatch.setattr(engine.runner, "final_states", record)
     engine.generate_all(Request(str(i), prompt_of(i, 9 + 5 * i), functions[i % 4], GREEDY) for i in range(6))
-    monkeypatch.setattr(engine.runner, "logits", logits)
+    monkeypatch.setattr(engine.runner, "final_states", final_states)
     assert max(sizes) == 3
     assert len(recorded) == 24
     for name, tokens, row in recorded:
