@@ -204,7 +204,8 @@ class Run:
         tokenizer = self.base.tokenizer
         tokens = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
         limit = self.settings.answer_tokens
-        return replace(example, answer_text=text, answer=tuple(tokens[:limit]), ended=len(tokens) <= limit)
+        ended = len(tokens) <= limit
+        return replace(example, answer_text=text, answer=tuple(tokens[:limit]), ended=ended, dense_states=None)
 
 
 class Persona:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from masquerade_engine.base import Base
 from masquerade_masks import TeacherError
 from masquerade_pruner import synthesis
-from masquerade_pruner.examples import Example
+from masquerade_pruner.examples import Example, write_examples
 from masquerade_pruner.instructions import Instruction, spread
 from masquerade_pruner.presets import SculptSettings
 from masquerade_pruner.progress import Reporter
@@ -87,7 +87,7 @@ class Answering:
         examples = [*plain, *turned]
         answered = Answered(examples, **held_out)
         self._check(answered)
-        self._workdir.write_examples("examples", examples)
+        write_examples(self._workdir.examples_path("examples"), examples)
         return answered
 
     def _samples(self, selected: Selected) -> int:

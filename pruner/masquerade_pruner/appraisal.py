@@ -24,11 +24,12 @@ from masquerade_masks import SettingError, SubNetwork, utc_now
 from masquerade_pruner import conversations, discrimination, evaluation, lm_eval_tasks, multiple_choice, synthesis
 from masquerade_pruner.applied import applied
 from masquerade_pruner.bootstrap import mean_interval
+from masquerade_pruner.changes import Change
 from masquerade_pruner.discrimination import Contest
 from masquerade_pruner.evaluation import FreeRunning
 from masquerade_pruner.examples import Example, read_examples
 from masquerade_pruner.held_out import Divergence, HeldOut
-from masquerade_pruner.importance import activation_importance, fisher_importance
+from masquerade_pruner.importance import baseline_scores
 from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
 from masquerade_pruner.likelihood import Candidate, score
 from masquerade_pruner.mask_learning import top_k_mask
@@ -36,7 +37,7 @@ from masquerade_pruner.pair import PersonaPair
 from masquerade_pruner.question_files import QuestionFile
 from masquerade_pruner.sensitivity import load_references, persona_units, reference_pass
 from masquerade_pruner.synthesis import Planned
-from masquerade_pruner.tree import Forward, masked
+from masquerade_pruner.tree import Forward
 
 FORMAT = "masquerade.eval/1"
 PARTS = ("test", "discrimination", "capability", "questions", "conversations")
@@ -279,12 +280,9 @@ class _Appraiser:
         settings, pair = self.settings, self.pair
         self.on_progress("test: baselines", 0, 1)
         few = self._importance_examples()
-        importances = {
-            "wanda": activation_importance(pair.model, few),
-            "fisher": fisher_importance(pair.model, few),
-        }
         kept = self.subject.subnetwork.mask.kept
-        rivals = {name: masked(pair.model, top_k_mask(one, kept)) for name, one in importances.items()}
+        masks = {name: top_k_mask(one, kept) for name, one in baseline_scores(pair.model, few).items()}
+        rivals: dict[str, Forward] = {name: Change.of_mask(pair.model, one).forward for name, one in masks.items()}
         validation = self._plan(spread(self.instructions.validation, settings.num_validation))
         held_out = HeldOut(pair.model, self._dense("test", validation))
         distances = {name: float(held_out.divergence(rival).kl.mean()) for name, rival in rivals.items()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from masquerade_pruner.instructions import Split
 
@@ -20,6 +22,9 @@ class Continuation(Protocol):
 
     @property
     def answer(self) -> tuple[int, ...]: ...
+
+    @property
+    def dense_states(self) -> torch.Tensor | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,12 @@ class Example:
     ended: bool
     scene: str | None = None  # a client's scene line, in the system turn after the persona
     num_earlier_turns: int = 0
+    # The base's final normed state before each answer token, `[answer, hidden]` on the CPU, where the base wrote the
+    # answer and it was kept: nobody need compute it again. No part of the JSON.
+    dense_states: torch.Tensor | None = field(default=None, compare=False, repr=False)
+
+
+_WRITTEN = tuple(one.name for one in fields(Example) if one.name != "dense_states")
 
 
 def write_examples(path: Path, examples: Iterable[Example]) -> None:
@@ -45,14 +56,14 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
     scratch = path.with_suffix(".part")
     with scratch.open("w", encoding="utf-8") as file:
         for one in examples:
-            file.write(json.dumps(asdict(one), ensure_ascii=False) + "\n")
+            file.write(json.dumps({name: getattr(one, name) for name in _WRITTEN}, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     scratch.replace(path)
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Read what `write_examples` wrote."""
+    """Read what `write_examples` wrote: all but their states."""
     with path.open(encoding="utf-8") as file:
         return [_example(json.loads(line)) for line in file]
 

@@ -9,8 +9,8 @@ import torch
 
 from masquerade_pruner.examples import Continuation
 from masquerade_pruner.losses import token_kl, token_nll
-from masquerade_pruner.mask_learning import Planted, plant_examples
-from masquerade_pruner.tree import Forward, head_weight, masked
+from masquerade_pruner.mask_learning import Planted, dense_states, plant_examples
+from masquerade_pruner.tree import Forward, head_weight
 
 BATCH = 16
 
@@ -39,7 +39,7 @@ class HeldOut:
         self._order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt))
         ordered = [examples[index] for index in self._order]
         self._batches = [plant_examples(ordered[at : at + BATCH], model) for at in range(0, len(ordered), BATCH)]
-        self._dense = [self._states(planted, masked(model)) for planted in self._batches]
+        self._dense = [self._dense_states(planted) for planted in self._batches]
 
     def divergence(self, changed: Forward) -> Divergence:
         """How far a change of the base is from the base itself on its own answers."""
@@ -68,6 +68,11 @@ class HeldOut:
     @property
     def _head(self) -> torch.Tensor:
         return head_weight(self._model)
+
+    def _dense_states(self, planted: Planted) -> torch.Tensor:
+        states = dense_states(self._model, planted)
+        self._between()
+        return states
 
     @torch.no_grad()
     def _states(self, planted: Planted, forward: Forward) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,17 +14,70 @@ from masquerade_pruner.mask_learning import plant_examples, plant_micro_batches
 from masquerade_pruner.tree import ActivationWatch, TreeContext, head_weight, run_tree
 
 
+@dataclass(frozen=True, slots=True)
+class Fluctuation:
+    """Each neuron of the dense base over the examples' tokens, `[layers, intermediate]` fp64."""
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+
+
+def baseline_scores(model: torch.nn.Module, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """What a learned mask is measured against in every report, by name, from one pass: `[layers, intermediate]` each.
+
+    Of the methods without learning these two are the strongest (docs/findings.md).
+    """
+    statistics = fluctuation(model, examples)
+    return {"wanda": _weighted_magnitude(model, statistics), "flap": weighted_variance(model, statistics)}
+
+
 def activation_importance(model: torch.nn.Module, examples: Sequence[Example], *, batch: int = 16) -> torch.Tensor:
-    """Wanda-style importance of each FFN neuron, `[layers, intermediate]`.
+    """Wanda-style importance of each FFN neuron, `[layers, intermediate]` fp32.
 
     The root mean square of its activation over the examples' tokens times the norm of its column of the down
     projection: Wanda's |W| * ||x|| (arXiv 2306.11695) over what dropping the neuron removes.
     """
+    return _weighted_magnitude(model, fluctuation(model, examples, batch=batch))
+
+
+def weighted_variance(model: torch.nn.Module, statistics: Fluctuation) -> torch.Tensor:
+    """FLAP's WIFV, `[layers, intermediate]` fp64: the variance times the squared norm of the down projection's column.
+
+    arXiv 2312.11983.
+    """
+    return statistics.variance * _column_norms(model).square()
+
+
+def fluctuation(model: torch.nn.Module, examples: Sequence[Example], *, batch: int = 16) -> Fluctuation:
+    """Mean and variance of every neuron's activation in the dense base."""
     down = down_weights(model)
-    watch = ActivationWatch(len(down), down[0].shape[1], down[0].device)
-    observe(model, examples, watch, batch=batch)
-    columns = torch.stack([weight.float().norm(dim=0) for weight in down])
-    return ((watch.squares / max(1, watch.num_tokens)).sqrt() * columns).cpu()
+    moments = _Moments(len(down), down[0].shape[1])
+    observe(model, examples, moments, batch=batch)
+    mean = moments.sums / moments.num_tokens
+    return Fluctuation(mean, (moments.squares / moments.num_tokens - mean.square()).clamp_min(0))
+
+
+def _weighted_magnitude(model: torch.nn.Module, statistics: Fluctuation) -> torch.Tensor:
+    return ((statistics.variance + statistics.mean.square()).sqrt() * _column_norms(model)).float()
+
+
+def _column_norms(model: torch.nn.Module) -> torch.Tensor:
+    return torch.stack([weight.double().norm(dim=0).cpu() for weight in down_weights(model)])
+
+
+class _Moments(ActivationWatch):
+    """First and second moments, in fp64 so that a variance is left where a mean is large."""
+
+    def __init__(self, num_layers: int, intermediate_size: int) -> None:
+        super().__init__(num_layers, intermediate_size)
+        self.sums = torch.zeros(num_layers, intermediate_size, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.sums)
+
+    def see(self, layer: int, activations: torch.Tensor) -> None:
+        exact = activations.detach()[0].double()
+        self.sums[layer] += exact.sum(dim=0).cpu()
+        self.squares[layer] += exact.square().sum(dim=0).cpu()
+        self.num_tokens += len(exact) if layer == 0 else 0
 
 
 @torch.no_grad()

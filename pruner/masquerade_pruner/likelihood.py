@@ -22,6 +22,7 @@ class Candidate:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    dense_states: None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from masquerade_pruner.tree import Tree, TreeContext, head_weight, plant, run_tr
 
 Loss = Literal["kl", "cross_entropy"]
 
-METHOD = "dropped-neurons/1"  # of learning: another one cannot go on from its checkpoints
+METHOD = "dropped-neurons/2"  # of learning: another one cannot go on from its checkpoints
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,7 @@ class Planted:
     # whole step they sum to 1, of a micro-batch to its share
     owners: torch.Tensor  # [supervised]: index of the example
     num_examples: int
+    dense_states: torch.Tensor | None = None  # [supervised, hidden]: the dense base's, where they are known
 
 
 def plant_examples(
@@ -69,7 +70,17 @@ def plant_examples(
         weights=torch.cat(weights).to(device),
         owners=torch.cat(owners).to(device),
         num_examples=len(examples),
+        dense_states=None if question_share else _known_states(examples, head),
     )
+
+
+def _known_states(examples: Sequence[Continuation], head: torch.Tensor) -> torch.Tensor | None:
+    """The dense base's states of all answers, `[supervised, hidden]`, where every example brings them."""
+    known = [one.dense_states for one in examples if one.dense_states is not None]
+    if len(known) < len(examples):
+        return None
+    assert [len(one) for one in known] == [len(one.answer) for one in examples], "a state before each answer token"
+    return torch.cat(known).to(head)
 
 
 def plant_micro_batches(
@@ -268,7 +279,9 @@ def reach(steps: int, learning_rate: float) -> float:
 
 @torch.no_grad()
 def dense_states(model: torch.nn.Module, planted: Planted) -> torch.Tensor:
-    """The dense base's final states at the supervised rows, `[supervised, hidden]`."""
+    """The dense base's final states at the supervised rows, `[supervised, hidden]`: those known, or computed now."""
+    if planted.dense_states is not None:
+        return planted.dense_states
     return run_tree(model, planted.tree, TreeContext(planted.tree))[planted.rows]
 
 

@@ -222,6 +222,11 @@ def held_out(shape: Shape, work: Workload) -> int:
     return kept + max(block_forward(shape, tokens) + watched, head_chunk(shape, rows))
 
 
+def answer_states(shape: Shape, work: Workload) -> int:
+    """Bytes of the machine's memory for the base's own states at every token of its answers."""
+    return work.num_answers * work.answer * shape.hidden * shape.item
+
+
 def unit_vectors(shape: Shape, work: Workload) -> int:
     """Bytes of the machine's memory for the questions' unit block outputs: the references' sum, and what is added."""
     return 4 * work.num_questions * shape.num_layers * shape.hidden * 4
@@ -266,4 +271,5 @@ def fragments(shape: Shape) -> float:
 
 def host_bytes(shape: Shape, work: Workload, training: Training | None) -> int:
     """Bytes of the machine's memory beside a GPU; `training` is recovery's."""
-    return _CUDA_PROCESS_BYTES + max(unit_vectors(shape, work), checkpoint_bytes(training) if training else 0)
+    written = checkpoint_bytes(training) if training else 0
+    return _CUDA_PROCESS_BYTES + max(unit_vectors(shape, work), answer_states(shape, work) + written)

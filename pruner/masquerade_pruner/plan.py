@@ -101,7 +101,8 @@ class Job:
         process = memory.process_bytes(shape, engine=True)
         learner = shape.weights if keeps_learner else 0
         engine = memory.answering(shape, work, streams, streams * slot_tokens)
-        beside = process + shape.weights + memory.held_out(shape, work)
+        states = 0 if shape.cuda else memory.answer_states(shape, work)
+        beside = process + shape.weights + memory.held_out(shape, work) + states
 
         def training(one: Training) -> int:
             step = memory.learning(shape, work, branches, checkpointing=checkpointing, training=one)
@@ -111,10 +112,11 @@ class Job:
         units = 0 if shape.cuda else memory.unit_vectors(shape, work)
         peaks = {
             "select": memory.process_bytes(shape, engine=False) + shape.weights + memory.scoring(shape, work) + units,
-            "answer": process + learner + engine,
+            "answer": process + learner + engine + states,
             "learn": training(memory.mask_training(shape)),
             **({"recover": training(self.recovering)} if self.recovering else {}),
             "evaluate": process
+            + states
             + max(
                 shape.weights + memory.held_out(shape, work),
                 learner + engine + memory.compact_pack(shape, self.kept),

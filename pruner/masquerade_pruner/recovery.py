@@ -111,6 +111,7 @@ def recover(
     validation: Callable[[Forward], float],  # the figure to lower, on held-out examples
     settings: RecoverySettings,
     *,
+    unrecovered: float | None = None,
     prior: Prior | None = None,
     order: Order | None = None,  # of the training examples; by default shuffled epochs
     loss: Loss = "kl",
@@ -127,7 +128,8 @@ def recover(
     It starts at what is best on validation by itself (the history's `start`): `mask`, nothing added; `means`, biases of
     the dropped neurons' mean contribution, with which a mask that was learned without them can be worse; `prior`, the
     prior's recovery of this kind, or own weights that have taken up its low-rank updates; `reconstruction`, own weights
-    in closed form, from the prior's where these are better.
+    in closed form, from the prior's where these are better. `unrecovered` is validation's figure of the mask by itself,
+    where it is known.
 
     With a `workdir` it goes on from the last checkpoint there and ends the same, bit for bit; `on_step` gets the steps
     done and the last one's loss, `on_layer` the layers reconstructed before the first step, and both may raise to stop.
@@ -146,7 +148,7 @@ def recover(
         checkpointing=checkpointing,
     )
     if saved is None:
-        search = _Search(bare, validation(bare.forward))
+        search = _Search(bare, validation(bare.forward) if unrecovered is None else unrecovered)
         plain = _start(kind, bare, settings, seed)
 
         def is_better(name: Start, candidate: Change) -> bool:

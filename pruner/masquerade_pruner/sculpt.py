@@ -27,7 +27,7 @@ from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.estimate import describe, plan_for
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
-from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
+from masquerade_pruner.importance import averaged_ranks, baseline_scores, fisher_importance
 from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
 from masquerade_pruner.mask_learning import METHOD, MaskLearner, reach, top_k_mask
 from masquerade_pruner.plan import Execution, Plan
@@ -38,7 +38,7 @@ from masquerade_pruner.recovery import Recovered, Recovery, recover
 from masquerade_pruner.rewriting import ChatModel, RewritingTeacher
 from masquerade_pruner.sensitivity import persona_units, reference_pass, select
 from masquerade_pruner.teacher import SelfTeacher, Teacher
-from masquerade_pruner.tree import Forward, masked
+from masquerade_pruner.tree import Forward
 from masquerade_pruner.workdir import Workdir
 
 SAVE_STEPS_EVERY = 10  # learning steps between two checkpoints
@@ -64,6 +64,12 @@ class _Learned:
     baselines: dict[str, torch.Tensor]  # of the same size, from the same examples
     on_validation: dict[str, float]  # KL, or NLL of a remote teacher's answers, of each baseline
     history: dict[str, Any]
+
+    @property
+    def unrecovered(self) -> float:
+        """The best mask's own figure on validation."""
+        figures: list[tuple[int, float]] = self.history.get("validation_kl") or self.history["validation_nll"]
+        return min(figure for _, figure in figures)
 
 
 def sculpt(
@@ -304,39 +310,29 @@ class _Sculptor:
             self.release_engine()
             with self.reporter.stage("learn"):
                 self.reporter.at(0, self.settings.steps, message=self.plan.sentence)
-                importances = self._importances(answered)
+                rivals = self._baseline_scores(answered)
                 held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
-                start, pull = self._first_scores(importances), self._pull(cast)
-                best, history = self._learn_scores(answered, importances, held_out, (start, pull))
-                saved = {"best": best, **importances}
+                start, pull = self._first_scores(answered, rivals), self._pull(cast)
+                best, history = self._learn_scores(answered, rivals, held_out, (start, pull))
+                saved = {"best": best, **rivals}
                 self.learning.write_tensors("learned", saved)
                 self.learning.write_json("history", history)
-        baselines = {name: top_k_mask(saved[name], self.kept) for name in ("wanda", "fisher")}
-        return _Learned(saved["best"], baselines, history[f"baseline_{self.measure}"], history)
+        on_validation = history[f"baseline_{self.measure}"]
+        baselines = {name: top_k_mask(saved[name], self.kept) for name in on_validation}
+        return _Learned(saved["best"], baselines, on_validation, history)
 
-    def _importances(self, answered: Answered) -> dict[str, torch.Tensor]:
-        saved = self.learning.read_tensors("importance")
+    def _baseline_scores(self, answered: Answered) -> dict[str, torch.Tensor]:
+        saved = self.learning.read_tensors("baselines")
         if saved is None:
-            few = answered.train[: self.settings.num_importance]
-            self.reporter.at(0, self.settings.steps, message="importance of neurons")
-            saved = {
-                "wanda": activation_importance(self.model, few),
-                "fisher": fisher_importance(
-                    self.model,
-                    few,
-                    micro_batch=self.plan.micro_batch,
-                    checkpointing=self.plan.checkpointing,
-                    between=self.reporter.check,
-                ),
-            }
-            self.learning.write_tensors("importance", saved)
-            give_memory_back(self.base.device)
+            self.reporter.at(0, self.settings.steps, message="scores of the baselines")
+            saved = baseline_scores(self.model, answered.train[: self.settings.num_importance])
+            self.learning.write_tensors("baselines", saved)
         return saved
 
     def _learn_scores(
         self,
         answered: Answered,
-        importances: dict[str, torch.Tensor],
+        rivals: dict[str, torch.Tensor],  # scores of the baselines
         held_out: HeldOut,
         scores: tuple[torch.Tensor, torch.Tensor],  # the first ones, and what pulls on them
     ) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -362,14 +358,14 @@ class _Sculptor:
             learner.restore(state)
         else:
             baselines = {
-                name: self._on_validation(held_out, masked(self.model, top_k_mask(importance, self.kept)))
-                for name, importance in importances.items()
+                name: self._on_validation(held_out, self._under(top_k_mask(rival, self.kept)))
+                for name, rival in rivals.items()
             }
             best = learner.mask()
             history = {
                 "step": 0,
                 f"baseline_{self.measure}": baselines,
-                validation: [[0, self._on_validation(held_out, masked(self.model, best))]],
+                validation: [[0, self._on_validation(held_out, self._under(best))]],
                 "loss": [],
                 "best_step": 0,
             }
@@ -380,7 +376,7 @@ class _Sculptor:
             history["loss"].append(round(loss, 5))
             if number % settings.validate_every == 0 or number == settings.steps:
                 mask = learner.mask()
-                figure = self._on_validation(held_out, masked(self.model, mask))
+                figure = self._on_validation(held_out, self._under(mask))
                 if figure < min(value for _, value in history[validation]):
                     best, history["best_step"] = mask, number
                 history[validation].append([number, figure])
@@ -397,12 +393,29 @@ class _Sculptor:
         """What is chosen by, mean over validation: KL to the base, or NLL of a remote teacher's answers."""
         return _mean(held_out.divergence(changed).kl if self.measure == "kl" else held_out.nll(changed))
 
-    def _first_scores(self, importances: dict[str, torch.Tensor]) -> torch.Tensor:
-        if self.prior is None and self.settings.start == "prior":
+    def _under(self, mask: torch.Tensor) -> Forward:
+        return Change.of_mask(self.model, mask).forward
+
+    def _first_scores(self, answered: Answered, rivals: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The prior's, or where there is none the mean of two ranks, of activations and of gradients."""
+        if self.prior is not None:
+            return averaged_ranks(self.prior.at(self.kept))
+        if self.settings.start == "prior":
             missing = "this base has no prior yet: `masquerade prior` learns one, which sculpts gain from"
             self.reporter.at(0, self.settings.steps, message=missing)
-        known = (importances["wanda"], importances["fisher"]) if self.prior is None else (self.prior.at(self.kept),)
-        return averaged_ranks(*known)
+        saved = self.learning.read_tensors("fisher")
+        if saved is None:
+            gradients = fisher_importance(
+                self.model,
+                answered.train[: self.settings.num_importance],
+                micro_batch=self.plan.micro_batch,
+                checkpointing=self.plan.checkpointing,
+                between=self.reporter.check,
+            )
+            saved = {"fisher": gradients}
+            self.learning.write_tensors("fisher", saved)
+            give_memory_back(self.base.device)
+        return averaged_ranks(rivals["wanda"], saved["fisher"])
 
     def _pull(self, cast: Sequence[Mask]) -> torch.Tensor:
         """Towards the cast as it was when learning began, `[layers, intermediate]`: a resumed job keeps its goal."""
@@ -435,6 +448,7 @@ class _Sculptor:
                 answered.train,
                 lambda changed: self._on_validation(held_out, changed),
                 settings,
+                unrecovered=learned.unrecovered,
                 prior=self.prior,
                 loss=self.settings.loss,
                 question_share=self.settings.question_share,
@@ -494,7 +508,7 @@ class _Sculptor:
         check = self.reporter.check
         compared = evaluation.fidelity if self.measure == "kl" else evaluation.likelihood
         ours = recovered.change.forward
-        rivals = {name: masked(self.model, rival) for name, rival in learned.baselines.items()}
+        rivals = {strongest: self._under(learned.baselines[strongest])}
         one_turn = HeldOut(self.model, answered.test, between=check)
         self.reporter.at(1, 5, message="fidelity on test questions")
         contexts = {"one_turn": compared(one_turn, answered.test, ours, rivals, strongest)}

@@ -182,4 +182,5 @@ def _example(planned: Planned, prompt: tuple[int, ...], given: Answer) -> Exampl
         ended=given.ended,
         scene=planned.scene,
         num_earlier_turns=planned.num_earlier_turns,
+        dense_states=given.dense_states,
     )

@@ -10,6 +10,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
 from masquerade_engine.requests import PersonaFunction, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class Answer:
     text: str
     ended: bool
     unusable: str | None = None  # why it is dropped, in one word
+    # Before each token, where the base itself answered: its final normed state, `[tokens, hidden]` on the CPU.
+    dense_states: torch.Tensor | None = None
 
 
 class Teacher(Protocol):
@@ -67,6 +71,7 @@ class SelfTeacher:
         waiting = {ask.id: ask for ask in asks}
         tokens: dict[str, list[int]] = {ask.id: [] for ask in asks}
         texts: dict[str, list[str]] = {ask.id: [] for ask in asks}
+        states: dict[str, list[torch.Tensor]] = {ask.id: [] for ask in asks}
         for ask in asks:
             self._engine.add(self._request(ask, max_tokens))
         try:
@@ -74,15 +79,25 @@ class SelfTeacher:
                 for output in self._engine.step():
                     if output.token_id is not None:
                         tokens[output.request_id].append(output.token_id)
+                    if output.hidden_state is not None:
+                        states[output.request_id].append(output.hidden_state)
                     texts[output.request_id].append(output.text)
                     if output.finish_reason is not None:
                         done = waiting.pop(output.request_id).id
                         ended = output.finish_reason == "stop"
-                        yield Answer(done, tuple(tokens.pop(done)), "".join(texts.pop(done)), ended)
+                        rows = states.pop(done)
+                        dense = torch.stack(rows) if rows else None
+                        yield Answer(done, tuple(tokens.pop(done)), "".join(texts.pop(done)), ended, dense_states=dense)
         finally:
             for ask_id in waiting:
                 self._engine.cancel(ask_id)
 
     def _request(self, ask: Ask, max_tokens: int) -> Request:
         sampling = SamplingParams(max_tokens=max_tokens, temperature=self._temperature, seed=ask.seed)
-        return Request(id=ask.id, prompt=ask.prompt, function=self._function, sampling=sampling)
+        return Request(
+            id=ask.id,
+            prompt=ask.prompt,
+            function=self._function,
+            sampling=sampling,
+            return_hidden_states=self._function.subnetwork is None,
+        )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from masquerade_masks import write_json_atomic
@@ -53,13 +55,24 @@ class Workdir:
         return self.path / f"{name}.jsonl"
 
     def read_examples(self, name: str) -> list[Example]:
-        """Examples saved so far."""
+        """Examples saved so far, with their states."""
         path = self.examples_path(name)
-        return read_examples(path) if path.is_file() else []
+        states: dict[str, torch.Tensor] = {}
+        for chunk in self._state_files(name):
+            states |= load_file(chunk)
+        return [replace(one, dense_states=states.get(one.id)) for one in read_examples(path)] if path.is_file() else []
 
     def write_examples(self, name: str, examples: list[Example]) -> None:
-        """Save all examples so far."""
+        """Save all examples so far; of their states, which take a hundred times the room, those that are not saved."""
         write_examples(self.examples_path(name), examples)
+        chunks = self._state_files(name)
+        saved = {one for chunk in chunks for one in _names(chunk)}
+        new = {one.id: one.dense_states for one in examples if one.dense_states is not None and one.id not in saved}
+        if new:
+            self.write_tensors(f"{name}-states-{len(chunks)}", new)
+
+    def _state_files(self, name: str) -> list[Path]:
+        return list(self.path.glob(f"{name}-states-*.safetensors"))
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Count time spent in a stage, over restarts."""
@@ -69,3 +82,8 @@ class Workdir:
     def seconds(self) -> dict[str, float]:
         """Seconds by stage."""
         return dict(self.read_json("seconds") or {})
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())

@@ -95,9 +95,9 @@ def test_every_part_is_there_and_contexts_are_kept_apart(whole: Appraisal) -> No
     for context in ("one_turn", "with_scene"):
         figures = report[context]["all"]
         assert figures["kl"]["mean"] > 0
-        assert set(figures["baseline_kl"]) == {"wanda", "fisher"}
+        assert set(figures["baseline_kl"]) == {"wanda", "flap"}
         assert report[context]["free_running"]["num_questions"] == 3
-    assert report["strongest_baseline"] in ("wanda", "fisher")
+    assert report["strongest_baseline"] in ("wanda", "flap")
     conversations = report["conversations"]
     assert [turn["turn"] for turn in conversations["turns"]] == [1, 2]
     assert conversations["kl"]["mean"] == pytest.approx(

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from masquerade_pruner.baselines import METHODS
-from masquerade_pruner.baselines.flap import compensation, fluctuation, masked_with_bias, weighted_variance
+from masquerade_pruner.baselines.flap import compensation, masked_with_bias
+from masquerade_pruner.importance import fluctuation, weighted_variance
 from masquerade_pruner.mask_learning import plant_examples
 from masquerade_pruner.tree import Forward, masked
 
