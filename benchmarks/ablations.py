@@ -45,6 +45,7 @@ from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.instructions import Instruction, load_instructions
+from masquerade_pruner.learner import build_learner
 from masquerade_pruner.mask_learning import METHOD, Loss
 from masquerade_pruner.presets import PRESETS
 from masquerade_pruner.presets import Start as SculptStart
@@ -131,7 +132,7 @@ class Run:
     @cached_property
     def model(self) -> torch.nn.Module:
         """The base as gradients need it, built once."""
-        return self.base.build_model()
+        return build_learner(self.base)
 
     def learn(
         self,

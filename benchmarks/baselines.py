@@ -35,6 +35,7 @@ from masquerade_pruner.baselines import MASKS, METHODS, Baseline, Setting
 from masquerade_pruner.bootstrap import Values, gap_closed
 from masquerade_pruner.evaluation import strongest_baseline
 from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.learner import build_learner
 from masquerade_pruner.presets import PRESETS
 from masquerade_pruner.prior import Prior, prior_of
 from masquerade_pruner.recovery import RecoverySettings, recover
@@ -76,6 +77,7 @@ class Comparison:
         folder: Path,
         *,
         identity: dict[str, Any],  # of the base: figures of other examples, or another base, are thrown away
+        own_dtype: torch.dtype | None = None,  # of weights that recovery trains, as they are stored
         num_calibration: int,  # training examples that the methods see, as many as the sculpt's initial scores
         prior: Prior | None = None,  # where recoveries may start, whichever mask they are of
         recovery_steps: Mapping[str, int] | None = None,  # by kind of recovery; the default's for those not named
@@ -90,6 +92,7 @@ class Comparison:
             "num_calibration": num_calibration,
         }
         self._num_calibration = num_calibration
+        self._own_dtype = own_dtype
         self._prior = prior
         self._recovery_steps = recovery_steps or {}
         self._recovered_methods = {OURS, *recovered}
@@ -153,6 +156,7 @@ class Comparison:
             self._given.train,
             lambda forward: float(self._validation.divergence(forward).kl.mean()),
             self._settings(recovery),
+            own_dtype=self._own_dtype,
             prior=self._prior,
             workdir=Workdir(scratch, self._identity | self._budget(recovery)),
         )
@@ -192,7 +196,7 @@ def main() -> None:
     torch.set_num_threads(available_cores())
     base = load_base(options.model, cache_dir=options.workdir / "cache")
     prior = prior_of(base, options.workdir / "cache")
-    model = cache(base.build_model)
+    model = cache(lambda: build_learner(base))
     cases = []
     for persona_id, name, text in personas(options.personas):
         for sparsity in options.sparsity:
@@ -203,6 +207,7 @@ def main() -> None:
                 material(result),
                 options.workdir / f"{persona_id}-{sparsity}" / "baselines",
                 identity={"base": base.fingerprint},
+                own_dtype=base.dtype,
                 num_calibration=result.settings["num_importance"],
                 prior=prior,
                 recovery_steps=dict(options.recovery_steps),

@@ -74,7 +74,7 @@ def _table(results: dict[tuple[str, float], SculptResult], sparsities: list[floa
         "",
         "KL in nats a token over the test questions; gap closed over the better baseline, with its 95 % interval.",
         "",
-        "| persona | sparsity | KL ours | KL baseline | the better one | gap closed | sensitive | with scene | top-1 | s |",
+        "| persona | sparsity | KL ours | KL baseline | which | gap closed | sensitive | with scene | top-1 | s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [_row(persona, sparsity, result.report) for (persona, sparsity), result in results.items()]

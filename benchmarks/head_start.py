@@ -28,6 +28,7 @@ from masquerade_pruner import SculptSpec
 from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
+from masquerade_pruner.learner import build_learner
 from masquerade_pruner.mask_learning import MaskLearner
 from masquerade_pruner.presets import PRESETS
 from masquerade_pruner.prior import prior_of
@@ -45,7 +46,7 @@ def main() -> None:
     prior = prior_of(base, options.workdir / "cache")
     if prior is None:
         sys.exit("This base has no prior: `masquerade prior` learns one.")
-    settings, model = PRESETS[options.preset], base.build_model()
+    settings, model = PRESETS[options.preset], build_learner(base)
     lines = _head(options)
     for persona_id, name, text in personas(options.personas):
         for sparsity in options.sparsity:

@@ -29,6 +29,7 @@ from masquerade_masks import Mask, round_kept, union
 from masquerade_pruner import PRESETS, SculptSpec
 from masquerade_pruner.bootstrap import Values, gap_closed
 from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.learner import build_learner
 from masquerade_pruner.mask_learning import top_k_mask
 from masquerade_pruner.prior import prior_of
 from masquerade_pruner.tree import masked
@@ -68,7 +69,7 @@ def measured(base: Base, specs: Sequence[SculptSpec], workdir: Path) -> Cast:
     if prior is not None:
         kept = round_kept(base.shape.intermediate_size, sparsity)
         masks[PRIOR] = top_k_mask(prior.at(kept), kept)
-    model = base.build_model()
+    model = build_learner(base)
     kl = {}
     for name, one in found.items():
         held_out = None

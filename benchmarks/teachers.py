@@ -39,6 +39,7 @@ from masquerade_pruner import PRESETS, Progress, SculptResult, SculptSettings, S
 from masquerade_pruner.bootstrap import mean_interval
 from masquerade_pruner.examples import Example, read_examples
 from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.learner import build_learner
 from masquerade_pruner.mask_learning import top_k_mask
 from masquerade_pruner.prior import prior_of
 from masquerade_pruner.tree import Forward, masked
@@ -203,7 +204,7 @@ def _table(base: Base, taught: dict[str, Taught], failed: dict[str, str], option
         "| mask learned from | " + " | ".join(_columns(taught)) + " |",
         "|" + " --- |" * (len(_columns(taught)) + 1),
     ]
-    model = base.build_model()
+    model = build_learner(base)
     grounds = {label: HeldOut(model, one.test) for label, one in taught.items()}
     forwards: dict[str, Forward] = {"nothing: the dense persona model": masked(model)}
     for label, one in taught.items():

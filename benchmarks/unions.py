@@ -43,6 +43,7 @@ from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import averaged_ranks
 from masquerade_pruner.instructions import load_instructions
+from masquerade_pruner.learner import build_learner
 from masquerade_pruner.losses import chunked_kl
 from masquerade_pruner.mask_learning import MaskLearner, Planted, dense_states, reach
 from masquerade_pruner.prior import prior_of
@@ -103,7 +104,7 @@ class Run:
 
     @cached_property
     def _model(self) -> torch.nn.Module:
-        return self._base.build_model()
+        return build_learner(self._base)
 
     def add(self, persona: tuple[str, str, str], casts: Sequence[Cast]) -> None:
         """Learn one more persona's masks, the pulled ones towards those that each cast has."""

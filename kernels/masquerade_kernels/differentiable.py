@@ -1,8 +1,7 @@
-"""The persona FFN's activation, the RMS norm, attention and linear layers with gradients: what learning runs.
+"""The persona FFN's activation, the RMS norm and attention with gradients: what learning runs between linear layers.
 
 A compiled loop each way on the CPU in bf16 and float32, plain torch elsewhere. Sums and products are float32 and
-rounded once; weights of norms are frozen and get no gradient. Of attention only the way back in bf16 is ours; linear
-layers are torch's in whichever type the processor multiplies faster.
+rounded once; weights of norms are frozen and get no gradient. Of attention only the way back in bf16 is ours.
 """
 
 from __future__ import annotations
@@ -54,29 +53,6 @@ def attention(
         looped: torch.Tensor = _Attention.apply(query, key, value, bias, scale)  # type: ignore[no-untyped-call]
         return looped
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-
-
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x @ weight.T + bias`: `[..., in]` and `[out, in]` to `[..., out]`, all of one dtype.
-
-    Products of bf16 are computed in float32 where that is faster, which rounds no more than bf16 with its float32 sums.
-    """
-    if x.device.type == "cpu" and x.dtype is torch.bfloat16 and _multiplies_float32_faster():
-        widened: torch.Tensor = _WideLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return widened
-    return F.linear(x, weight, bias)
-
-
-def for_many_rows(weight: torch.Tensor) -> torch.Tensor:
-    """The weight in the type that this device multiplies many rows with fastest: its own, or float32."""
-    slow = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and _multiplies_float32_faster()
-    return weight.float() if slow else weight
-
-
-def _multiplies_float32_faster() -> bool:
-    from masquerade_kernels.cpu_dots import multiplies_float32_faster  # noqa: PLC0415  (numba: CUDA needs none)
-
-    return multiplies_float32_faster()
 
 
 def _has_loops(x: torch.Tensor) -> bool:
@@ -152,26 +128,6 @@ class _Norm(torch.autograd.Function):
         addresses = (x.data_ptr(), weight.data_ptr(), ctx.eps, gradient.data_ptr(), out.data_ptr())
         _loops(x).norm_backward(*_rows(x), *addresses)
         return out, None, None
-
-
-class _WideLinear(torch.autograd.Function):
-    """Weights are widened anew each way, 5 % of the time at 1,024 rows; kept, they would take twice the room."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
-        wide = gradient.float()
-        of_x = (wide @ weight.float()).to(gradient.dtype) if ctx.needs_input_grad[0] else None
-        of_weight = None
-        if ctx.needs_input_grad[1]:
-            of_weight = (wide.flatten(0, -2).T @ x.flatten(0, -2).float()).to(weight.dtype)
-        of_bias = wide.flatten(0, -2).sum(0).to(gradient.dtype) if ctx.needs_input_grad[2] else None
-        return of_x, of_weight, of_bias
 
 
 class _Attention(torch.autograd.Function):

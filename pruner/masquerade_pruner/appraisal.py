@@ -29,7 +29,7 @@ from masquerade_pruner.discrimination import Contest
 from masquerade_pruner.evaluation import FreeRunning
 from masquerade_pruner.examples import Example, read_examples
 from masquerade_pruner.held_out import Divergence, HeldOut
-from masquerade_pruner.importance import baseline_scores
+from masquerade_pruner.importance import baseline_scores, fluctuation
 from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
 from masquerade_pruner.likelihood import Candidate, score
 from masquerade_pruner.mask_learning import top_k_mask
@@ -279,9 +279,9 @@ class _Appraiser:
         """Masks of the same size without learning, and the one that is closest to dense on validation."""
         settings, pair = self.settings, self.pair
         self.on_progress("test: baselines", 0, 1)
-        few = self._importance_examples()
+        statistics = fluctuation(pair.model, self._importance_examples())
         kept = self.subject.subnetwork.mask.kept
-        masks = {name: top_k_mask(one, kept) for name, one in baseline_scores(pair.model, few).items()}
+        masks = {name: top_k_mask(one, kept) for name, one in baseline_scores(pair.model, statistics).items()}
         rivals: dict[str, Forward] = {name: Change.of_mask(pair.model, one).forward for name, one in masks.items()}
         validation = self._plan(spread(self.instructions.validation, settings.num_validation))
         held_out = HeldOut(pair.model, self._dense("test", validation))

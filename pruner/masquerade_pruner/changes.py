@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn import functional as F
 
 from masquerade_engine.seams import PersonaFFN, persona_ffns
-from masquerade_kernels.differentiable import gated, linear
+from masquerade_kernels.differentiable import gated
 from masquerade_masks import MaskShapeError
 from masquerade_pruner.tree import Tree, TreeContext, run_tree
 
@@ -90,11 +91,11 @@ class ChangedContext(TreeContext):
         if weight is None:
             kept = self._kept[module.layer]
             weight = module.get_parameter(f"{name}.weight").index_select(1 if name == "down_proj" else 0, kept)
-        output = linear(inputs, weight.to(inputs.dtype))
+        output = F.linear(inputs, weight.to(inputs.dtype))
         down, up = self._of(module, f"{name}.lora_A"), self._of(module, f"{name}.lora_B")
         if down is None or up is None:
             return output
-        return output + self._lora_scale * linear(linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype))
+        return output + self._lora_scale * F.linear(F.linear(inputs, down.to(inputs.dtype)), up.to(inputs.dtype))
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.dtype:

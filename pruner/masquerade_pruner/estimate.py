@@ -13,6 +13,7 @@ from masquerade_engine.prompt import ChatMessage, persona_system_prompt, render_
 from masquerade_engine.threads import available_cores
 from masquerade_masks import round_kept
 from masquerade_pruner.instructions import InstructionSet, load_instructions
+from masquerade_pruner.learner import learning_dtype
 from masquerade_pruner.memory import Shape, Workload
 from masquerade_pruner.plan import Execution, Job, Plan, make_plan
 from masquerade_pruner.presets import SculptSettings, SculptSpec, shortened
@@ -115,7 +116,8 @@ def describe(spec: SculptSpec, base: Base, settings: SculptSettings, instruction
     )
     shape = Shape.of(base.config, base.dtype.itemsize, cuda=base.device.type == "cuda")
     kept = round_kept(shape.intermediate, spec.sparsity)
-    return Job(shape, work, kept, spec.recovery, settings.recovery.lora_rank)
+    recovery = settings.recovery
+    return Job(shape, work, kept, spec.recovery, recovery.lora_rank, learning_dtype(base).itemsize)
 
 
 def speed_of(base: Base) -> Speed:

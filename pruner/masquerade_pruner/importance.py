@@ -22,12 +22,11 @@ class Fluctuation:
     variance: torch.Tensor
 
 
-def baseline_scores(model: torch.nn.Module, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-    """What a learned mask is measured against in every report, by name, from one pass: `[layers, intermediate]` each.
+def baseline_scores(model: torch.nn.Module, statistics: Fluctuation) -> dict[str, torch.Tensor]:
+    """What a learned mask is measured against in every report, by name, `[layers, intermediate]` each.
 
     Of the methods without learning these two are the strongest (docs/findings.md).
     """
-    statistics = fluctuation(model, examples)
     return {"wanda": _weighted_magnitude(model, statistics), "flap": weighted_variance(model, statistics)}
 
 

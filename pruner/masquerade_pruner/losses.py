@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from masquerade_kernels.differentiable import for_many_rows
 from masquerade_kernels.divergence import divergence, divergence_and_gradient
 
 ROWS = 128  # rows of logits at a time: 128 x 49152 fp32 is 25 MB, which glibc recycles instead of mapping anew
@@ -33,14 +32,13 @@ def chunked_kl(
 ) -> torch.Tensor:
     """Weighted sum of per-token KL(teacher ‖ student) in nats, differentiable in `student`."""
     grad, total = torch.empty_like(student), torch.zeros((), device=student.device)
-    head = for_many_rows(head)
     with torch.no_grad():
         for start in range(0, student.shape[0], ROWS):
             rows = slice(start, start + ROWS)
-            target, predicted = _logits(teacher[rows], head), _logits(student[rows], head)
+            target, predicted = F.linear(teacher[rows], head), F.linear(student[rows], head)
             kl, of_predicted = divergence_and_gradient(target, predicted, weights[rows])
             total += (kl * weights[rows]).sum()
-            grad[rows] = of_predicted.to(head.dtype) @ head
+            grad[rows] = of_predicted @ head
     loss: torch.Tensor = _Precomputed.apply(student, total, grad)  # type: ignore[no-untyped-call]
     return loss
 
@@ -53,11 +51,10 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Weighted sum of -log p(target) in nats, differentiable in `student`."""
     grad, total = torch.empty_like(student), torch.zeros((), device=student.device)
-    head = for_many_rows(head)
     with torch.no_grad():
         for start in range(0, student.shape[0], ROWS):
             rows = slice(start, start + ROWS)
-            predicted = _logits(student[rows], head).float().log_softmax(-1)
+            predicted = F.linear(student[rows], head).float().log_softmax(-1)
             total -= (predicted.gather(1, targets[rows, None]).squeeze(1) * weights[rows]).sum()
             difference = predicted.exp_()
             difference.scatter_add_(1, targets[rows, None], torch.full_like(difference[:, :1], -1.0))
@@ -70,10 +67,9 @@ def chunked_cross_entropy(
 def token_kl(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Per-row KL(teacher ‖ student) in nats, `[rows]` fp32, and whether the top-1 tokens agree, `[rows]` bool."""
     divergences, agreements = [], []
-    head = for_many_rows(head)
     for start in range(0, student.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        kl, agree = divergence(_logits(teacher[rows], head), _logits(student[rows], head))
+        kl, agree = divergence(F.linear(teacher[rows], head), F.linear(student[rows], head))
         divergences.append(kl)
         agreements.append(agree)
     return torch.cat(divergences), torch.cat(agreements)
@@ -82,14 +78,8 @@ def token_kl(student: torch.Tensor, teacher: torch.Tensor, head: torch.Tensor) -
 @torch.no_grad()
 def token_nll(states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Per-row -log p(target) in nats, `[rows]` fp32."""
-    head = for_many_rows(head)
     losses = [
-        F.cross_entropy(_logits(rows, head).float(), wanted, reduction="none")
+        F.cross_entropy(F.linear(rows, head).float(), wanted, reduction="none")
         for rows, wanted in ((states[at : at + ROWS], targets[at : at + ROWS]) for at in range(0, len(states), ROWS))
     ]
     return torch.cat(losses)
-
-
-def _logits(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
-    """`[rows, vocabulary]` in the states' dtype, whatever the head's."""
-    return F.linear(states.to(head.dtype), head).to(states.dtype)

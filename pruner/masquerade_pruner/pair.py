@@ -16,6 +16,7 @@ from masquerade_engine.settings import EngineSettings
 from masquerade_masks import BaseMismatch, SubNetwork
 from masquerade_pruner.applied import applied, refuse_unloaded
 from masquerade_pruner.examples import Example
+from masquerade_pruner.learner import build_learner
 from masquerade_pruner.synthesis import Planned, answer
 from masquerade_pruner.teacher import SelfTeacher
 from masquerade_pruner.tree import Forward, masked
@@ -46,7 +47,7 @@ class PersonaPair:
     @cached_property
     def model(self) -> torch.nn.Module:
         """The base with plain linears, which forwards run through."""
-        return self.base.build_model()
+        return build_learner(self.base)
 
     @cached_property
     def engine(self) -> Engine:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from masquerade_engine.device_memory import DeviceMemory
@@ -85,42 +85,46 @@ class Job:
     kept: int  # neurons a layer
     recovery: str = "none"
     lora_rank: int = 16
+    learner_item: int | None = None  # bytes of a weight where learning runs; None: as the engine's
 
     @property
     def recovering(self) -> Training | None:
         """What recovery trains, where there is any."""
         if self.recovery == "none":
             return None
-        return memory.recovery_training(self.recovery, self.shape, self.kept, self.lora_rank)
+        return memory.recovery_training(self.recovery, self.learner, self.kept, self.lora_rank)
+
+    @property
+    def learner(self) -> Shape:
+        """The base in the type that learning runs it in."""
+        return replace(self.shape, item=self.learner_item or self.shape.item)
 
     def stages(
         self, branches: int, *, checkpointing: bool, streams: int, slot_tokens: int, keeps_learner: bool
     ) -> dict[str, int]:
         """Peak bytes of each stage on the device."""
-        shape, work = self.shape, self.work
+        shape, learner, work = self.shape, self.learner, self.work
         process = memory.process_bytes(shape, engine=True)
-        learner = shape.weights if keeps_learner else 0
         engine = memory.answering(shape, work, streams, streams * slot_tokens)
+        kept = learner.weights if keeps_learner else 0
         states = 0 if shape.cuda else memory.answer_states(shape, work)
-        beside = process + shape.weights + memory.held_out(shape, work) + states
+        comparing = learner.weights + memory.held_out(learner, work)
 
         def training(one: Training) -> int:
-            step = memory.learning(shape, work, branches, checkpointing=checkpointing, training=one)
+            step = memory.learning(learner, work, branches, checkpointing=checkpointing, training=one)
             written = 0 if shape.cuda else memory.checkpoint_bytes(one)
-            return beside + memory.learner_state(one) + max(step, written)
+            return process + states + comparing + memory.learner_state(one) + max(step, written)
 
         units = 0 if shape.cuda else memory.unit_vectors(shape, work)
         peaks = {
-            "select": memory.process_bytes(shape, engine=False) + shape.weights + memory.scoring(shape, work) + units,
-            "answer": process + learner + engine + states,
-            "learn": training(memory.mask_training(shape)),
+            "select": memory.process_bytes(shape, engine=False)
+            + learner.weights
+            + memory.scoring(learner, work)
+            + units,
+            "answer": process + kept + engine + states,
+            "learn": training(memory.mask_training(learner)),
             **({"recover": training(self.recovering)} if self.recovering else {}),
-            "evaluate": process
-            + states
-            + max(
-                shape.weights + memory.held_out(shape, work),
-                learner + engine + memory.compact_pack(shape, self.kept),
-            ),
+            "evaluate": process + states + max(comparing, kept + engine + memory.compact_pack(shape, self.kept)),
         }
         return {stage: int(value * memory.fragments(shape)) for stage, value in peaks.items()}
 

@@ -24,6 +24,7 @@ from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
 from masquerade_pruner.importance import activation_importance, averaged_ranks, fisher_importance
 from masquerade_pruner.instructions import InstructionSet, load_instructions, spread
+from masquerade_pruner.learner import build_learner
 from masquerade_pruner.mask_learning import METHOD, MaskLearner, top_k_mask
 from masquerade_pruner.presets import MAX_SPARSITY
 from masquerade_pruner.prior import Prior, SharedRecovery, read_prior, write_prior
@@ -220,7 +221,7 @@ class _PriorLearning:
 
     def learn(self, kept: int, examples: Mapping[str, Sequence[Example]], start: torch.Tensor | None) -> torch.Tensor:
         """Scores for one number of kept neurons, `[layers, intermediate]`: those whose mask was best on validation."""
-        settings, model = self._settings, self._base.build_model()
+        settings, model = self._settings, build_learner(self._base)
         pools = [examples[reference.id] for reference in self._references]
         with self._reporter.stage(_stage(kept)):
             learner = MaskLearner(
@@ -236,7 +237,7 @@ class _PriorLearning:
 
     def recover(self, kept: int, examples: Mapping[str, Sequence[Example]], start: Prior) -> SharedRecovery:
         """A recovery of the scores' mask: what was best on validation."""
-        settings, model = self._settings, self._base.build_model()
+        settings, model = self._settings, build_learner(self._base)
         pools = [examples[reference.id] for reference in self._references]
         turns = _Turns(pools, settings.branches_per_step)
         numbers = RecoverySettings(
@@ -253,6 +254,7 @@ class _PriorLearning:
                 [one for pool in pools for one in pool[: settings.num_importance]],
                 self._divergence(model, examples),
                 numbers,
+                own_dtype=self._base.dtype,
                 prior=start,
                 order=turns,
                 workdir=Workdir(self._learning.path / f"{settings.recovery}-{kept}", identity),

@@ -16,14 +16,14 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from masquerade_engine.seams import persona_ffns
 from masquerade_pruner.changes import Change, full_tensors, kept_weights, lora_tensors, merged_weights
 from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.examples import Example
-from masquerade_pruner.mask_learning import Loss, answer_loss, plant_examples, plant_micro_batches, warm_cosine
+from masquerade_pruner.importance import down_weights, fluctuation
+from masquerade_pruner.mask_learning import Loss, answer_loss, plant_micro_batches, warm_cosine
 from masquerade_pruner.prior import Prior
 from masquerade_pruner.reconstruction import reconstructed
-from masquerade_pruner.tree import ActivationWatch, Forward, TreeContext, head_weight, run_tree
+from masquerade_pruner.tree import Forward, head_weight
 from masquerade_pruner.workdir import Workdir
 
 Recovery = Literal["none", "vectors", "lora", "full"]
@@ -48,7 +48,7 @@ class RecoverySettings:
     lora_learning_rate: float = 6e-3
     full_learning_rate: float = 1e-4
     biases: bool = True  # with the gains; a stock checkpoint of the family cannot hold them
-    num_means: int = 64  # examples that the dropped neurons' mean activations are taken from
+    num_means: int = 64  # examples that mean activations are taken from, where they are not known
     num_reconstructed: int = 512  # examples that own weights are solved for over, to start from
     ridge: float = 0.3  # of that, in units of a mean squared activation
     solved_share: float = 0.85  # of the way from the base's weights to those
@@ -112,6 +112,8 @@ def recover(
     settings: RecoverySettings,
     *,
     unrecovered: float | None = None,
+    own_dtype: torch.dtype | None = None,
+    mean_activations: torch.Tensor | None = None,
     prior: Prior | None = None,
     order: Order | None = None,  # of the training examples; by default shuffled epochs
     loss: Loss = "kl",
@@ -129,7 +131,8 @@ def recover(
     the dropped neurons' mean contribution, with which a mask that was learned without them can be worse; `prior`, the
     prior's recovery of this kind, or own weights that have taken up its low-rank updates; `reconstruction`, own weights
     in closed form, from the prior's where these are better. `unrecovered` is validation's figure of the mask by itself,
-    where it is known.
+    where it is known; `own_dtype` the type that own weights are stored in, by default the model's; `mean_activations`
+    the dense base's, `[layers, intermediate]`, by default over the first of `train`.
 
     With a `workdir` it goes on from the last checkpoint there and ends the same, bit for bit; `on_step` gets the steps
     done and the last one's loss, `on_layer` the layers reconstructed before the first step, and both may raise to stop.
@@ -143,6 +146,7 @@ def recover(
         Recoverer,
         settings=settings,
         loss=loss,
+        own_dtype=own_dtype,
         question_share=question_share,
         micro_batch=micro_batch,
         checkpointing=checkpointing,
@@ -150,13 +154,18 @@ def recover(
     if saved is None:
         search = _Search(bare, validation(bare.forward) if unrecovered is None else unrecovered)
         plain = _start(kind, bare, settings, seed)
+        shared = _shared(kind, plain, prior)
+
+        def means() -> torch.Tensor:
+            few = train[: settings.num_means]
+            return dropped_means(plain, fluctuation(model, few).mean if mean_activations is None else mean_activations)
 
         def is_better(name: Start, candidate: Change) -> bool:
             better = search.consider(0, run(candidate).change(), validation)
             search.start = name if better else search.start
             return better
 
-        learner = run(_best_start(plain, train, settings, _shared(kind, plain, prior), is_better, on_layer))
+        learner = run(_best_start(plain, means, train, settings, shared, is_better, on_layer))
         if workdir is not None:
             workdir.write_tensors(_CHECKPOINT, learner.state() | search.state())
     else:
@@ -184,10 +193,12 @@ class Recoverer:
         settings: RecoverySettings,
         loss: Loss = "kl",
         *,
+        own_dtype: torch.dtype | None = None,
         question_share: float = 0.0,
         micro_batch: int | None = None,
         checkpointing: bool = False,
     ) -> None:
+        self._own_dtype = own_dtype or head_weight(start.model).dtype
         self._parameters = {
             name: tensor.detach().to(torch.float32, copy=True).requires_grad_()
             for name, tensor in start.tensors.items()
@@ -205,10 +216,9 @@ class Recoverer:
         self.step_number = 0
 
     def change(self) -> Change:
-        """The present change as it is stored: own weights in the base's type, everything else in float16."""
-        own = head_weight(self._trained.model).dtype
+        """The present change as it is stored: own weights in their type, everything else in float16."""
         rounded = {
-            name: parameter.detach().to(own if name.endswith(".weight") else torch.float16, copy=True)
+            name: parameter.detach().to(self._own_dtype if name.endswith(".weight") else torch.float16, copy=True)
             for name, parameter in self._parameters.items()
         }
         return replace(self._trained, tensors=rounded)
@@ -329,6 +339,7 @@ def _start(kind: Recovery, bare: Change, settings: RecoverySettings, seed: int) 
 
 def _best_start(
     plain: Change,
+    means: Callable[[], torch.Tensor],  # biases that bring the dropped neurons' mean contribution back
     train: Sequence[Example],
     settings: RecoverySettings,
     shared: Change | None,
@@ -337,8 +348,7 @@ def _best_start(
 ) -> Change:
     best = plain
     if "bias" in plain.tensors:
-        means = dropped_means(plain, train[: settings.num_means])
-        candidate = replace(plain, tensors={**plain.tensors, "bias": means})
+        candidate = replace(plain, tensors={**plain.tensors, "bias": means()})
         best = candidate if is_better("means", candidate) else best
     if shared is not None:
         best = shared if is_better("prior", shared) else best
@@ -376,20 +386,13 @@ def _shapes(change: Change) -> dict[str, torch.Size]:
     return {name: one.shape for name, one in change.tensors.items()}
 
 
-def dropped_means(change: Change, examples: Sequence[Example], *, batch: int = 16) -> torch.Tensor:
-    """What the dropped neurons add to each layer's output on average over the examples' tokens, in the dense base.
+def dropped_means(change: Change, mean_activations: torch.Tensor) -> torch.Tensor:
+    """What the dropped neurons add to each layer's output on average, of the dense base's `[layers, intermediate]`.
 
     fp32 `[layers, hidden]`: W_down[:, dropped] · mean(h_dropped), FLAP's bias compensation (arXiv 2312.11983).
     """
-    ffns = persona_ffns(change.model)
-    down = [ffn.get_parameter("down_proj.weight") for ffn in ffns]
-    watch = ActivationWatch(len(down), down[0].shape[1])
-    with torch.no_grad():
-        for start in range(0, len(examples), batch):
-            tree = plant_examples(examples[start : start + batch], change.model).tree
-            run_tree(change.model, tree, TreeContext(tree, watch=watch))
-    means = (watch.sums / watch.num_tokens).to(change.kept.device).scatter_(1, change.kept, 0.0)
-    return torch.stack([weight.float() @ mean for weight, mean in zip(down, means, strict=True)])
+    means = mean_activations.to(change.kept.device, torch.float32).scatter(1, change.kept, 0.0)
+    return torch.stack([weight.float() @ mean for weight, mean in zip(down_weights(change.model), means, strict=True)])
 
 
 def _low_rank(bare: Change, rank: int, seed: int) -> dict[str, torch.Tensor]:

@@ -27,8 +27,9 @@ from masquerade_pruner.epochs import Epochs
 from masquerade_pruner.estimate import describe, plan_for
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
-from masquerade_pruner.importance import averaged_ranks, baseline_scores, fisher_importance
+from masquerade_pruner.importance import Fluctuation, averaged_ranks, baseline_scores, fisher_importance, fluctuation
 from masquerade_pruner.instructions import Instruction, InstructionSet, load_instructions, spread
+from masquerade_pruner.learner import build_learner
 from masquerade_pruner.mask_learning import METHOD, MaskLearner, reach, top_k_mask
 from masquerade_pruner.plan import Execution, Plan
 from masquerade_pruner.presets import OF_LEARNING, SculptSettings, SculptSpec, shortened
@@ -63,6 +64,7 @@ class _Learned:
     mask: torch.Tensor  # [layers, intermediate]
     baselines: dict[str, torch.Tensor]  # of the same size, from the same examples
     on_validation: dict[str, float]  # KL, or NLL of a remote teacher's answers, of each baseline
+    mean_activations: torch.Tensor  # [layers, intermediate], of the base on the same examples
     history: dict[str, Any]
 
     @property
@@ -226,8 +228,8 @@ class _Sculptor:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        """The base with plain linears, which gradients flow through."""
-        return self.base.build_model()
+        """The base as learning runs it."""
+        return build_learner(self.base)
 
     def teacher(self, subnetwork: SubNetwork | None = None) -> SelfTeacher:
         """The base, or one of its sub-networks, behind the engine."""
@@ -310,24 +312,26 @@ class _Sculptor:
             self.release_engine()
             with self.reporter.stage("learn"):
                 self.reporter.at(0, self.settings.steps, message=self.plan.sentence)
-                rivals = self._baseline_scores(answered)
+                statistics = self._statistics(answered)
+                rivals = baseline_scores(self.model, statistics)
                 held_out = HeldOut(self.model, answered.validation, between=self.reporter.check)
                 start, pull = self._first_scores(answered, rivals), self._pull(cast)
                 best, history = self._learn_scores(answered, rivals, held_out, (start, pull))
-                saved = {"best": best, **rivals}
+                saved = {"best": best, **rivals, "mean_activations": statistics.mean}
                 self.learning.write_tensors("learned", saved)
                 self.learning.write_json("history", history)
         on_validation = history[f"baseline_{self.measure}"]
         baselines = {name: top_k_mask(saved[name], self.kept) for name in on_validation}
-        return _Learned(saved["best"], baselines, on_validation, history)
+        return _Learned(saved["best"], baselines, on_validation, saved["mean_activations"], history)
 
-    def _baseline_scores(self, answered: Answered) -> dict[str, torch.Tensor]:
-        saved = self.learning.read_tensors("baselines")
+    def _statistics(self, answered: Answered) -> Fluctuation:
+        saved = self.learning.read_tensors("activations")
         if saved is None:
-            self.reporter.at(0, self.settings.steps, message="scores of the baselines")
-            saved = baseline_scores(self.model, answered.train[: self.settings.num_importance])
-            self.learning.write_tensors("baselines", saved)
-        return saved
+            self.reporter.at(0, self.settings.steps, message="activations of the base")
+            found = fluctuation(self.model, answered.train[: self.settings.num_importance])
+            saved = {"mean": found.mean, "variance": found.variance}
+            self.learning.write_tensors("activations", saved)
+        return Fluctuation(saved["mean"], saved["variance"])
 
     def _learn_scores(
         self,
@@ -449,6 +453,8 @@ class _Sculptor:
                 lambda changed: self._on_validation(held_out, changed),
                 settings,
                 unrecovered=learned.unrecovered,
+                own_dtype=self.base.dtype,
+                mean_activations=learned.mean_activations,
                 prior=self.prior,
                 loss=self.settings.loss,
                 question_share=self.settings.question_share,

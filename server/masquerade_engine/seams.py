@@ -13,7 +13,6 @@ from torch import nn
 from transformers import AttentionInterface
 
 from masquerade_engine.context import active_context
-from masquerade_kernels.differentiable import linear
 
 ATTENTION_NAME = "masquerade"
 
@@ -70,22 +69,8 @@ class RMSNorm(nn.Module):
         return active_context().norm(self, hidden)
 
 
-class Linear(nn.Linear):
-    """A linear layer in whichever type the processor multiplies faster; its parameters are the plain one's."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__(plain.in_features, plain.out_features, plain.bias is not None, device="meta")
-        self.weight, self.bias = plain.weight, plain.bias
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear(hidden, self.weight, self.bias)
-
-
 def install_seams(model: nn.Module) -> nn.Module:
-    """Replace every decoder layer's MLP by a `PersonaFFN`, every norm by an `RMSNorm`, every linear by a `Linear`."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name, plain in linears.items():
-        _replace(model, name, Linear(plain))
+    """Replace every decoder layer's MLP by a `PersonaFFN`, and every norm by an `RMSNorm`."""
     for layer, block in enumerate(decoder_layers(model)):
         block.mlp = PersonaFFN(layer, block.get_submodule("mlp"))
     norms = {name: module for name, module in model.named_modules() if hasattr(module, "variance_epsilon")}

@@ -18,6 +18,7 @@ from masquerade_pruner import SculptSpec
 from masquerade_pruner.changes import Change, kept_weights, merged_weights
 from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.importance import fluctuation
 from masquerade_pruner.mask_learning import top_k_mask
 from masquerade_pruner.prior import Prior, SharedRecovery
 from masquerade_pruner.reconstruction import reconstructed
@@ -313,7 +314,7 @@ def test_biases_start_at_the_dropped_neurons_mean_contribution(
     hook.remove()
     dropped = mask[1] == 0
     wanted = down.get_parameter("weight")[:, dropped] @ seen[0][0][:, dropped].mean(dim=0)
-    bias = dropped_means(Change.of_mask(tiny_model, mask), [example])
+    bias = dropped_means(Change.of_mask(tiny_model, mask), fluctuation(tiny_model, [example]).mean)
     torch.testing.assert_close(bias[1], wanted, atol=1e-6, rtol=1e-4)
 
 
@@ -325,7 +326,7 @@ def test_biases_start_at_zero_where_the_means_do_not_help(
     still = replace(SETTINGS, steps=1, vectors_learning_rate=1e-9)
     examples = make_examples(8)
     recovered = recover(tiny_model, mask, "vectors", examples, lambda forward: next(figures), still)
-    means = dropped_means(Change.of_mask(tiny_model, mask), examples)
+    means = dropped_means(Change.of_mask(tiny_model, mask), fluctuation(tiny_model, examples).mean)
     assert recovered.bias is not None
     torch.testing.assert_close(recovered.bias.float(), means if helps else torch.zeros_like(means), atol=1e-3, rtol=0)
 

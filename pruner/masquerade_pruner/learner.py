@@ -1,0 +1,24 @@
+"""The base as learning runs it: its own weights, in the type that the processor multiplies fastest."""
+
+from __future__ import annotations
+
+import torch
+
+from masquerade_engine.base import Base
+
+
+def build_learner(base: Base) -> torch.nn.Module:
+    """The base with plain linears, which gradients flow through; frozen."""
+    return base.build_model(learning_dtype(base))
+
+
+def learning_dtype(base: Base) -> torch.dtype:
+    """The base's own, or float32 where that is faster than bf16: on Intel's processors without their matrix unit.
+
+    Every bf16 weight is a float32, so that nothing is lost but room.
+    """
+    if base.device.type == "cpu" and base.dtype is torch.bfloat16:
+        from masquerade_kernels.cpu_dots import multiplies_float32_faster  # noqa: PLC0415  (numba: CUDA needs none)
+
+        return torch.float32 if multiplies_float32_faster() else torch.bfloat16
+    return base.dtype
