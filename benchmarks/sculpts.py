@@ -17,7 +17,8 @@ import torch
 from masquerade_engine.base import Base
 from masquerade_masks import Mask
 from masquerade_pruner import Progress, SculptResult, SculptSpec, sculpt
-from masquerade_pruner.examples import Example, read_examples
+from masquerade_pruner.examples import Example
+from masquerade_pruner.workdir import saved_examples
 
 Personas = list[tuple[str, str, str]]  # id, name, text
 
@@ -72,9 +73,12 @@ def sculpted(
 
 def material(result: SculptResult) -> Material:
     """A finished sculpt's examples and mask."""
-    held_out = {name: read_examples(result.examples_path.with_name(f"{name}.jsonl")) for name in ("validation", "test")}
+    answers = result.examples_path.parent
+    plain, turned, validation, test = (
+        saved_examples(answers, name) for name in ("train_plain", "train_turns", "validation", "test")
+    )
     mask = torch.from_numpy(result.subnetwork.mask.to_dense()).float()
-    return Material(read_examples(result.examples_path), **held_out, mask=mask)
+    return Material([*plain, *turned], validation, test, mask)
 
 
 def examples_digest(*splits: Sequence[Example]) -> str:

@@ -56,23 +56,16 @@ class Workdir:
 
     def read_examples(self, name: str) -> list[Example]:
         """Examples saved so far, with their states."""
-        path = self.examples_path(name)
-        states: dict[str, torch.Tensor] = {}
-        for chunk in self._state_files(name):
-            states |= load_file(chunk)
-        return [replace(one, dense_states=states.get(one.id)) for one in read_examples(path)] if path.is_file() else []
+        return saved_examples(self.path, name)
 
     def write_examples(self, name: str, examples: list[Example]) -> None:
         """Save all examples so far; of their states, which take a hundred times the room, those that are not saved."""
         write_examples(self.examples_path(name), examples)
-        chunks = self._state_files(name)
+        chunks = _state_files(self.path, name)
         saved = {one for chunk in chunks for one in _names(chunk)}
         new = {one.id: one.dense_states for one in examples if one.dense_states is not None and one.id not in saved}
         if new:
             self.write_tensors(f"{name}-states-{len(chunks)}", new)
-
-    def _state_files(self, name: str) -> list[Path]:
-        return list(self.path.glob(f"{name}-states-*.safetensors"))
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Count time spent in a stage, over restarts."""
@@ -82,6 +75,19 @@ class Workdir:
     def seconds(self) -> dict[str, float]:
         """Seconds by stage."""
         return dict(self.read_json("seconds") or {})
+
+
+def saved_examples(folder: Path, name: str) -> list[Example]:
+    """What a `Workdir` in this folder saved of the name, with the states; whose it is is the caller's to know."""
+    states: dict[str, torch.Tensor] = {}
+    for chunk in _state_files(folder, name):
+        states |= load_file(chunk)
+    path = folder / f"{name}.jsonl"
+    return [replace(one, dense_states=states.get(one.id)) for one in read_examples(path)] if path.is_file() else []
+
+
+def _state_files(folder: Path, name: str) -> list[Path]:
+    return list(folder.glob(f"{name}-states-*.safetensors"))
 
 
 def _names(file: Path) -> list[str]:

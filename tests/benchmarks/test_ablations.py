@@ -44,7 +44,7 @@ def _result(base: Base, folder: Path, persona: str) -> SculptResult:
     questions = load_instructions()
     folder.mkdir(parents=True)
     for name, few in (
-        ("examples", questions.train[:6]),
+        ("train_plain", questions.train[:6]),
         ("validation", questions.validation[:2]),
         ("test", questions.test[:3]),
     ):
