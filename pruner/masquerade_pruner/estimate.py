@@ -31,9 +31,10 @@ class Speed:
 
 
 # Two cores of an AVX512-BF16 server CPU, bf16, bundled model: 3.6 s for a step of 16 branches of 115 tokens, and 500
-# answer tokens a second. fp32 took twice the time.
+# answer tokens a second. In float32 learning took twice the time, and so did answers; where float32 is faster, answers
+# in bf16 took 1.35 times as long.
 _TWO_CORES = Speed(learning=0.42e12, answering=0.134e12)
-_FP32_SLOWDOWN = 2.0
+_FP32_SLOWDOWN, _SLOW_BF16 = 2.0, 1.35
 # bf16 operations and bytes a second by compute capability, from data sheets (A100, RTX 3090, RTX 4090, H100, B200), of
 # which 35 and 50 % are taken to be sustained. Not measured here.
 _CUDA = {(8, 0): (312e12, 1.6e12), (8, 6): (71e12, 0.9e12), (8, 9): (165e12, 1.0e12), (9, 0): (989e12, 3.3e12)}
@@ -124,8 +125,11 @@ def speed_of(base: Base) -> Speed:
     """What the base's device sustains."""
     if base.device.type == "cuda":
         return cuda_speed(torch.cuda.get_device_capability(base.device), base.dtype.itemsize)
-    factor = available_cores() / 2 / (_FP32_SLOWDOWN if base.dtype == torch.float32 else 1.0)
-    return Speed(_TWO_CORES.learning * factor, _TWO_CORES.answering * factor)
+    pairs, learning, answering = available_cores() / 2, 1.0, 1.0
+    if learning_dtype(base) == torch.float32:
+        learning = _FP32_SLOWDOWN
+        answering = _FP32_SLOWDOWN if base.dtype == torch.float32 else _SLOW_BF16
+    return Speed(_TWO_CORES.learning * pairs / learning, _TWO_CORES.answering * pairs / answering)
 
 
 def cuda_speed(capability: tuple[int, int], item: int) -> Speed:
@@ -143,22 +147,24 @@ def stage_seconds(job: Job, settings: SculptSettings, plan: Plan, speed: Speed) 
     branch = work.question + work.answer * 0.9 + work.context_share * 1.2 * (work.question + work.answer)
     micro_batches = -(-settings.branches_per_step // plan.micro_batch)
     step = micro_batches * work.prompt + settings.branches_per_step * branch
-    passes = 4.0 if plan.checkpointing else 3.0
+    passes = 3.0 if plan.checkpointing else 2.0
+    # As for a base without a prior: with one, scores start from there, and a fifth of this is left.
     importance = settings.num_importance * 4 * (branch + work.prompt / 4)
     held_out = branch + work.prompt / 16
     recovery = settings.recovery
-    looked_at = recovery.num_means + settings.num_validation * (3 + recovery.steps // recovery.validate_every)
+    looked_at = settings.num_validation * (2 + recovery.steps // recovery.validate_every)
     if job.recovery == "full":  # dense and changed, and the moments between neurons
         looked_at += 2 * min(recovery.num_reconstructed, work.num_answers - work.num_held_out)
     recovering = 0.0 if job.recovery == "none" else recovery.steps * step * passes + looked_at * held_out
-    compared = 4 * work.num_held_out + settings.num_validation * (settings.steps // settings.validate_every + 3)
+    compared = 2 * work.num_held_out
+    chosen_by = settings.num_validation * (settings.steps // settings.validate_every + 3)
     answers = (work.num_answers + settings.num_free_running) * work.answer * 0.9
     answering = 2.0 * weights / speed.answering
     shares = work.num_answers / (work.num_answers + settings.num_free_running)
     return {
         "select": work.num_questions * (work.question + work.prompt / 32) * forward,
         "answer": answers * shares * answering,
-        "learn": (settings.steps * step * passes + importance) * forward,
+        "learn": (settings.steps * step * passes + importance + chosen_by * held_out) * forward,
         "recover": recovering * forward,
         "evaluate": compared * held_out * forward + answers * (1 - shares) * answering,
     }

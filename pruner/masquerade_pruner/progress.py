@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from masquerade_masks import SculptCancelled
 
 # Time of a default sculpt by stage, measured on two cores with the bundled model; 1 is a sculpt without recovery.
-STAGES = {"select": 0.05, "answer": 0.17, "learn": 0.57, "recover": 0.50, "evaluate": 0.21}
+STAGES = {"select": 0.06, "answer": 0.25, "learn": 0.52, "recover": 0.16, "evaluate": 0.17}
+RECOVERY_STEPS = 8  # of that one's recovery
 COUNT_EVERY_S = 10  # a stage's seconds are counted at the first report after so many, so a kill loses few
 
 

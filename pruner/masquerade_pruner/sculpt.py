@@ -34,7 +34,7 @@ from masquerade_pruner.mask_learning import METHOD, MaskLearner, reach, top_k_ma
 from masquerade_pruner.plan import Execution, Plan
 from masquerade_pruner.presets import OF_LEARNING, SculptSettings, SculptSpec, shortened
 from masquerade_pruner.prior import prior_of
-from masquerade_pruner.progress import STAGES, Progress, Reporter
+from masquerade_pruner.progress import RECOVERY_STEPS, STAGES, Progress, Reporter
 from masquerade_pruner.recovery import Recovered, Recovery, recover
 from masquerade_pruner.rewriting import ChatModel, RewritingTeacher
 from masquerade_pruner.sensitivity import persona_units, reference_pass, select
@@ -168,7 +168,9 @@ class _Sculptor:
         self.learning = Workdir(directories[1], {**identity, **of_mask, "method": METHOD, "prior": digests[0]})
         self.recovering = Workdir(directories[2], {**identity, **self.metadata, "method": METHOD, "prior": digests[1]})
         self.plan = self._planned(execution)
-        shares = {stage: share for stage, share in STAGES.items() if stage != "recover" or spec.recovery != "none"}
+        shares = {**STAGES, "recover": STAGES["recover"] * self.settings.recovery.steps / RECOVERY_STEPS}
+        if spec.recovery == "none":
+            del shares["recover"]
         self.reporter = Reporter(progress, cancelled, self._add_seconds, shares)
         self.answering = Answering(
             base,
