@@ -47,13 +47,16 @@ def weighted_variance(model: torch.nn.Module, statistics: Fluctuation) -> torch.
     return statistics.variance * _column_norms(model).square()
 
 
+@torch.no_grad()
 def fluctuation(model: torch.nn.Module, examples: Sequence[Example], *, batch: int = 16) -> Fluctuation:
-    """Mean and variance of every neuron's activation in the dense base."""
+    """Mean and variance of every neuron's activation at all tokens; the shared prompt counts once a batch."""
     down = down_weights(model)
-    moments = _Moments(len(down), down[0].shape[1])
-    observe(model, examples, moments, batch=batch)
-    mean = moments.sums / moments.num_tokens
-    return Fluctuation(mean, (moments.squares / moments.num_tokens - mean.square()).clamp_min(0))
+    watch = ActivationWatch(len(down), down[0].shape[1])
+    for start in range(0, len(examples), batch):
+        tree = plant_examples(examples[start : start + batch], model).tree
+        run_tree(model, tree, TreeContext(tree, watch=watch))
+    mean = watch.sums / watch.num_tokens
+    return Fluctuation(mean, (watch.squares / watch.num_tokens - mean.square()).clamp_min(0))
 
 
 def _weighted_magnitude(model: torch.nn.Module, statistics: Fluctuation) -> torch.Tensor:
@@ -62,29 +65,6 @@ def _weighted_magnitude(model: torch.nn.Module, statistics: Fluctuation) -> torc
 
 def _column_norms(model: torch.nn.Module) -> torch.Tensor:
     return torch.stack([weight.double().norm(dim=0).cpu() for weight in down_weights(model)])
-
-
-class _Moments(ActivationWatch):
-    """First and second moments, in fp64 so that a variance is left where a mean is large."""
-
-    def __init__(self, num_layers: int, intermediate_size: int) -> None:
-        super().__init__(num_layers, intermediate_size)
-        self.sums = torch.zeros(num_layers, intermediate_size, dtype=torch.float64)
-        self.squares = torch.zeros_like(self.sums)
-
-    def see(self, layer: int, activations: torch.Tensor) -> None:
-        exact = activations.detach()[0].double()
-        self.sums[layer] += exact.sum(dim=0).cpu()
-        self.squares[layer] += exact.square().sum(dim=0).cpu()
-        self.num_tokens += len(exact) if layer == 0 else 0
-
-
-@torch.no_grad()
-def observe(model: torch.nn.Module, examples: Sequence[Example], watch: ActivationWatch, *, batch: int = 16) -> None:
-    """Let `watch` see the dense base's activations at all tokens; the shared prompt counts once a batch."""
-    for start in range(0, len(examples), batch):
-        tree = plant_examples(examples[start : start + batch], model).tree
-        run_tree(model, tree, TreeContext(tree, watch=watch))
 
 
 def fisher_importance(

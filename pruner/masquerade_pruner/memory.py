@@ -218,7 +218,7 @@ def held_out(shape: Shape, work: Workload) -> int:
     batches = math.ceil(work.num_held_out / FORWARD_BATCH)
     kept = work.num_held_out * work.answer * shape.hidden * shape.item
     kept += batches * attention_bias(shape, tokens, work.prompt, FORWARD_BATCH)
-    watched = 8 * tokens * shape.intermediate  # activations and their squares in fp32
+    watched = 16 * tokens * shape.intermediate  # activations and their squares in fp64
     return kept + max(block_forward(shape, tokens) + watched, head_chunk(shape, rows))
 
 

@@ -228,17 +228,21 @@ def _pad(states: torch.Tensor, group: BranchGroup) -> torch.Tensor:
 
 
 class ActivationWatch:
-    """Sums of FFN activations and of their squares over all tokens seen, `[layers, intermediate]` fp32."""
+    """Sums of FFN activations and of their squares over all tokens seen, `[layers, intermediate]` on the CPU.
 
-    def __init__(self, num_layers: int, intermediate_size: int, device: torch.device | None = None) -> None:
-        self.sums = torch.zeros(num_layers, intermediate_size, device=device)
-        self.squares = torch.zeros(num_layers, intermediate_size, device=device)
+    In fp64, so that a variance is left where a mean is large.
+    """
+
+    def __init__(self, num_layers: int, intermediate_size: int) -> None:
+        self.sums = torch.zeros(num_layers, intermediate_size, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.sums)
         self.num_tokens = 0
 
     def see(self, layer: int, activations: torch.Tensor) -> None:
-        self.sums[layer] += activations.detach().sum(dim=(0, 1), dtype=torch.float32).to(self.sums.device)
-        self.squares[layer] += activations.detach().float().square().sum(dim=(0, 1)).to(self.sums.device)
-        self.num_tokens += activations.shape[1] if layer == 0 else 0
+        exact = activations.detach()[0].double()  # [tokens, intermediate]
+        self.sums[layer] += exact.sum(dim=0).cpu()
+        self.squares[layer] += exact.square().sum(dim=0).cpu()
+        self.num_tokens += len(exact) if layer == 0 else 0
 
 
 def head_weight(model: torch.nn.Module) -> torch.Tensor:

@@ -37,7 +37,7 @@ def prompt_statistic(model: torch.nn.Module, prompt: Sequence[int]) -> torch.Ten
     watch = _Shares(len(down), down[0].shape[1])
     tree = plant([prompt], head.device, head.dtype)
     run_tree(model, tree, TreeContext(tree, watch=watch))
-    return watch.squares.sqrt()
+    return watch.squares.sqrt().float()
 
 
 class _Shares(ActivationWatch):
