@@ -25,7 +25,7 @@ class Fluctuation:
 def baseline_scores(model: torch.nn.Module, statistics: Fluctuation) -> dict[str, torch.Tensor]:
     """What a learned mask is measured against in every report, by name, `[layers, intermediate]` each.
 
-    Of the methods without learning these two are the strongest (docs/findings.md).
+    On average they are the strongest of the methods without learning that give a mask alone (docs/findings.md).
     """
     return {"wanda": _weighted_magnitude(model, statistics), "flap": weighted_variance(model, statistics)}
 
