@@ -83,7 +83,7 @@ def ways() -> list[Way]:
 
 def runs(base: Base, way: Way, cache_dir: Path) -> dict[str, Run]:
     """A step, and validation of a batch."""
-    model = base.build_model(way.dtype)
+    model = base.build_model().to(way.dtype)
     kept = round_kept(base.shape.intermediate_size, 0.25)
     prior = prior_of(base, cache_dir)
     scores = torch.rand(base.shape.num_layers, base.shape.intermediate_size) if prior is None else prior.at(kept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch.nn import functional as F
@@ -22,7 +23,7 @@ class Candidate:
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
-    dense_states: None = None
+    dense_states: ClassVar[None] = None  # nobody keeps them
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ class Workdir:
         return load_file(file) if file.is_file() else None
 
     def write_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Save a step by one rename."""
+        """Save a step by one rename, durably."""
         scratch = self.path / f"{name}.part"
         save_file({key: value.contiguous() for key, value in tensors.items()}, scratch)
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
         scratch.replace(self.path / f"{name}.safetensors")
 
     def examples_path(self, name: str) -> Path:
