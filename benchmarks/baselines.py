@@ -34,7 +34,9 @@ from masquerade_pruner import SculptSpec
 from masquerade_pruner.baselines import MASKS, METHODS, Baseline, Setting
 from masquerade_pruner.bootstrap import Values, gap_closed
 from masquerade_pruner.evaluation import strongest_baseline
+from masquerade_pruner.examples import Example
 from masquerade_pruner.held_out import HeldOut
+from masquerade_pruner.importance import fluctuation
 from masquerade_pruner.learner import build_learner
 from masquerade_pruner.presets import PRESETS
 from masquerade_pruner.prior import Prior, prior_of
@@ -98,6 +100,7 @@ class Comparison:
         self._recovered_methods = {OURS, *recovered}
         self._num_seeds = num_seeds
         self._directories: dict[str, Workdir] = {}
+        self._built_masks: dict[tuple[str, int], Baseline] = {}  # one is recovered several times
 
     def figures(self, method: str, recovery: str) -> Figures | None:
         """One cell; None where the method is not recovered. Random masks are averaged over their seeds."""
@@ -134,20 +137,28 @@ class Comparison:
     def _computed(self, method: str, seed: int, recovery: str, scratch: Path) -> Figures:
         began = time.monotonic()
         built = self._built(method, seed)
-        forward = built.forward if recovery == "none" else self._recovered(built, recovery, scratch)
+        forward = built.forward
+        if recovery != "none":
+            unrecovered = float(np.mean(self._cell(method, seed, "none").validation))
+            forward = self._recovered(built, recovery, unrecovered, scratch)
         validation, test = (held_out.divergence(forward).kl.tolist() for held_out in (self._validation, self._test))
         return Figures(validation, test, built.num_dropped, round(time.monotonic() - began, 1))
 
     def _built(self, method: str, seed: int) -> Baseline:
+        if (method, seed) in self._built_masks:
+            return self._built_masks[method, seed]
         mask = self._given.mask
-        setting = Setting(self._model, self._given.train[: self._num_calibration], self._kept, seed)
-        return (
+        setting = Setting(self._model, self._calibration, self._kept, seed)
+        built = (
             Baseline(masked(self._model, mask), setting.num_dropped, mask)
             if method == OURS
             else METHODS[method](setting)
         )
+        if built.mask is not None:
+            self._built_masks[method, seed] = built
+        return built
 
-    def _recovered(self, built: Baseline, recovery: Any, scratch: Path) -> Forward:
+    def _recovered(self, built: Baseline, recovery: Any, unrecovered: float, scratch: Path) -> Forward:
         assert built.mask is not None
         recovered = recover(
             self._model,
@@ -156,6 +167,8 @@ class Comparison:
             self._given.train,
             lambda forward: float(self._validation.divergence(forward).kl.mean()),
             self._settings(recovery),
+            unrecovered=unrecovered,
+            mean_activations=self._mean_activations,
             own_dtype=self._own_dtype,
             prior=self._prior,
             workdir=Workdir(scratch, self._identity | self._budget(recovery)),
@@ -176,6 +189,14 @@ class Comparison:
     @property
     def _kept(self) -> int:
         return int(self._given.mask[0].sum())
+
+    @property
+    def _calibration(self) -> list[Example]:
+        return self._given.train[: self._num_calibration]
+
+    @cached_property
+    def _mean_activations(self) -> torch.Tensor:
+        return fluctuation(self._model, self._calibration).mean
 
     @cached_property
     def _model(self) -> torch.nn.Module:

@@ -104,7 +104,7 @@ def test_each_kind_of_recovery_has_a_budget_of_its_own(model: torch.nn.Module, t
             recovery_steps={"vectors": steps},
         )
         assert comparison.figures("wanda", "vectors") is not None
-    assert {path.parent.name for path in tmp_path.glob("*/wanda-0.json")} == {"vectors-1", "vectors-2"}
+    assert {path.parent.name for path in tmp_path.glob("*/wanda-0.json")} == {"none", "vectors-1", "vectors-2"}
     assert comparison._settings("full").steps == RecoverySettings().steps
 
 
