@@ -100,7 +100,7 @@ class Comparison:
         self._recovered_methods = {OURS, *recovered}
         self._num_seeds = num_seeds
         self._directories: dict[str, Workdir] = {}
-        self._built_masks: dict[tuple[str, int], Baseline] = {}  # one is recovered several times
+        self._built_masks: dict[tuple[str, int], Baseline] = {}  # by method and seed: one is recovered several times
 
     def figures(self, method: str, recovery: str) -> Figures | None:
         """One cell; None where the method is not recovered. Random masks are averaged over their seeds."""
@@ -196,6 +196,7 @@ class Comparison:
 
     @cached_property
     def _mean_activations(self) -> torch.Tensor:
+        """Of the dense base, `[layers, intermediate]`."""
         return fluctuation(self._model, self._calibration).mean
 
     @cached_property

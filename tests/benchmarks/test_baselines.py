@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import baselines
 import pytest
 import torch
 from baselines import OURS, Case, Comparison, Figures, _steps_of_kind, tables
@@ -91,6 +92,17 @@ def test_what_is_no_mask_is_not_recovered(model: torch.nn.Module, tmp_path: Path
     comparison = _comparison(model, tmp_path, _given())
     assert comparison.figures("slicegpt", "vectors") is None
     assert comparison.figures("flap-bias", "full") is None
+
+
+def test_a_mask_is_built_once_for_all_its_recoveries(
+    model: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, seen = baselines.METHODS["wanda"], []
+    monkeypatch.setitem(baselines.METHODS, "wanda", lambda setting: seen.append(setting) or build(setting))
+    comparison = _comparison(model, tmp_path, _given())
+    for recovery in ("vectors", "full"):
+        assert comparison.figures("wanda", recovery) is not None
+    assert len(seen) == 1
 
 
 def test_each_kind_of_recovery_has_a_budget_of_its_own(model: torch.nn.Module, tmp_path: Path) -> None:
